@@ -1,0 +1,113 @@
+//! The element types, and the type that each is computed in.
+
+use core::fmt::Debug;
+use core::ops::{Add, Mul, Sub};
+
+use crate::simd::{Lanes, Storage};
+
+/// A type that tensors are stored in: `f32`, `f64` and, with the feature `half`, `half::bf16` and `half::f16`.
+///
+/// Sealed: the kernels know each of them.
+pub trait Element:
+    Copy + Default + Debug + PartialEq + Send + Sync + Storage<Compute = <Self as Element>::Param> + 'static
+{
+    /// The type of parameters, statistics and all arithmetic: `f64` for `f64`, otherwise `f32`.
+    type Param: Real;
+    /// The value, exactly.
+    fn to_param(self) -> Self::Param;
+    /// The nearest element, ties to even.
+    fn from_param(value: Self::Param) -> Self;
+}
+
+/// A type that the kernels compute in: `f32` or `f64`. Sealed.
+pub trait Real:
+    Element<Param = Self> + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self> + PartialOrd + Lanes
+{
+    /// The value, exactly.
+    fn to_f64(self) -> f64;
+    /// The nearest value, ties to even.
+    fn from_f64(value: f64) -> Self;
+    /// The nearest value, the largest finite one in place of an overflow: a factor that stays finite
+    /// keeps `0 * factor` at zero.
+    fn from_f64_saturating(value: f64) -> Self;
+    /// Below this mean of squares, squares may have lost bits to underflow that f64 would keep.
+    const TINY_SQUARE: f64;
+}
+
+impl Element for f32 {
+    type Param = f32;
+    #[inline(always)]
+    fn to_param(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn from_param(value: f32) -> f32 {
+        value
+    }
+}
+
+impl Real for f32 {
+    #[inline(always)]
+    fn to_f64(self) -> f64 {
+        self.into()
+    }
+    #[inline(always)]
+    fn from_f64(value: f64) -> f32 {
+        value as f32
+    }
+    #[inline(always)]
+    fn from_f64_saturating(value: f64) -> f32 {
+        if value.is_finite() { (value as f32).clamp(f32::MIN, f32::MAX) } else { value as f32 }
+    }
+    // 2^-100: single squares down to 2^-26 of the mean are still normal numbers.
+    const TINY_SQUARE: f64 = 7.888609052210118e-31;
+}
+
+impl Element for f64 {
+    type Param = f64;
+    #[inline(always)]
+    fn to_param(self) -> f64 {
+        self
+    }
+    #[inline(always)]
+    fn from_param(value: f64) -> f64 {
+        value
+    }
+}
+
+impl Real for f64 {
+    #[inline(always)]
+    fn to_f64(self) -> f64 {
+        self
+    }
+    #[inline(always)]
+    fn from_f64(value: f64) -> f64 {
+        value
+    }
+    #[inline(always)]
+    fn from_f64_saturating(value: f64) -> f64 {
+        value
+    }
+    // There is no wider type to fall back on.
+    const TINY_SQUARE: f64 = 0.0;
+}
+
+#[cfg(feature = "half")]
+macro_rules! half_element {
+    ($($t:ty),*) => {$(
+        impl Element for $t {
+            type Param = f32;
+            #[inline(always)]
+            fn to_param(self) -> f32 {
+                self.to_f32()
+            }
+            #[inline(always)]
+            fn from_param(value: f32) -> $t {
+                <$t>::from_f32(value)
+            }
+        }
+    )*};
+}
+
+#[cfg(feature = "half")]
+half_element!(half::bf16, half::f16);

@@ -1,0 +1,101 @@
+//! Why a call was refused. Every check happens before the first write, so output is untouched on error.
+
+use crate::Tier;
+
+/// Shorthand for results of this crate.
+pub type Result<T> = core::result::Result<T, Error>;
+
+/// Why a call was refused: what was expected and what was got.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A slice does not have the length that the shape asks for.
+    #[error("`{what}` must hold {expected} elements for this shape, got {got}")]
+    Length {
+        /// The argument's name.
+        what: &'static str,
+        /// Elements that the shape asks for.
+        expected: usize,
+        /// Elements that were given.
+        got: usize,
+    },
+    /// The product of the dimensions does not fit a slice.
+    #[error("the shape {dims:?} holds more bytes than a slice can (expected at most isize::MAX)")]
+    ShapeOverflow {
+        /// The dimensions in the order in which they were given.
+        dims: Vec<usize>,
+    },
+    /// A shape or a set of statistics with no channel.
+    #[error("expected at least one channel, got zero")]
+    ZeroChannels,
+    /// Batch statistics were asked of a batch without values.
+    #[error("training needs at least one value per channel, got zero (batch {batch}, spatial size {spatial})")]
+    EmptyBatch {
+        /// The number of samples.
+        batch: usize,
+        /// The number of values per sample and channel.
+        spatial: usize,
+    },
+    /// `eps` is negative, infinite or NaN.
+    #[error("eps must be finite and at least 0, got {got}")]
+    Eps {
+        /// The value that was given.
+        got: f64,
+    },
+    /// A weight of running statistics outside 0 to 1.
+    #[error("a momentum weight must lie between 0 and 1, got {got}")]
+    Momentum {
+        /// The value that was given.
+        got: f64,
+    },
+    /// A variance that is negative or NaN.
+    #[error("the variance of channel {channel} must be at least 0, got {got}")]
+    Variance {
+        /// The first channel at fault.
+        channel: usize,
+        /// Its variance.
+        got: f64,
+    },
+    /// The unbiased variance divides by `count - 1`.
+    #[error("the unbiased variance needs at least two values per channel, got {count}")]
+    UnbiasedFromOne {
+        /// Values per channel.
+        count: u64,
+    },
+    /// Statistics that no batch has filled yet.
+    #[error("expected the statistics of a batch, got none: run a forward pass or `finish` first")]
+    MissingStatistics,
+    /// Channels of one call that saw different numbers of values.
+    #[error(
+        "all channels must have seen the same number of values: channel 0 has {expected}, channel {channel} has {got}"
+    )]
+    Count {
+        /// The first channel at fault.
+        channel: usize,
+        /// Values that channel 0 has seen.
+        expected: u64,
+        /// Values that this channel has seen.
+        got: u64,
+    },
+    /// Statistics of more or fewer values than the batch of a whole backward pass has.
+    #[error(
+        "the saved statistics are of {got} values per channel, this batch has {expected}; for statistics shared between shards use gradient_sums and input_gradient"
+    )]
+    Shards {
+        /// Values per channel of the shape.
+        expected: u64,
+        /// Values per channel of the statistics.
+        got: u64,
+    },
+    /// This CPU, or this build, does not have the tier.
+    #[error("the {tier} tier is not available here, expected one of: {}", Tier::list())]
+    TierUnavailable {
+        /// The tier that was asked for.
+        tier: Tier,
+    },
+}
+
+/// Checks the length of the argument `what`.
+pub(crate) fn check_len(what: &'static str, expected: usize, got: usize) -> Result<()> {
+    if expected == got { Ok(()) } else { Err(Error::Length { what, expected, got }) }
+}

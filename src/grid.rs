@@ -1,0 +1,363 @@
+//! The fixed partition of a tensor into blocks, and the threads that walk it.
+//!
+//! Blocks are a function of the shape alone. Threads take whole blocks and results are merged in the order of the
+//! blocks, so neither the number of threads nor their timing shows in the bits.
+
+use core::marker::PhantomData;
+use core::ops::Range;
+
+use crate::shape::{Layout, Shape};
+use crate::simd::MAX_LANES;
+
+/// Elements of one block of a channel: small enough for the cache, and for one shift to suit all its values.
+const PLANAR_BLOCK: usize = 8192;
+/// Elements of one block of rows, before the limits on its rows.
+const ROWS_BLOCK: usize = 65536;
+/// The fewest rows worth one merge per channel, and the most.
+const ROWS_PER_BLOCK: (usize, usize) = (128, 4096);
+/// Rows at most this long are joined until their length is a multiple of a vector.
+const JOIN_BELOW: usize = 128;
+/// The number of tiles of columns is chosen freely: columns do not share sums.
+const TILE: usize = 4 * MAX_LANES;
+/// Bytes of one tensor below which another thread costs more than it brings.
+#[cfg(feature = "rayon")]
+const GRAIN: usize = 128 * 1024;
+
+/// How the elements of the channels lie.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Geometry {
+    /// The values of a channel lie in planes.
+    Planar(Planar),
+    /// The channels of one position lie in a row.
+    Rows(Rows),
+}
+
+impl Geometry {
+    pub(crate) fn new(shape: &Shape) -> Self {
+        let (batch, channels, spatial) = (shape.batch(), shape.channels(), shape.spatial());
+        if channels == 1 {
+            return Self::Planar(Planar { planes: 1, channels, plane: shape.len() });
+        }
+        match shape.layout() {
+            Layout::ChannelsFirst if spatial > 1 => Self::Planar(Planar { planes: batch, channels, plane: spatial }),
+            _ => Self::Rows(Rows { rows: shape.count(), channels }),
+        }
+    }
+}
+
+/// `(planes, channels, plane)`, the values of a plane contiguous.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Planar {
+    pub(crate) planes: usize,
+    pub(crate) channels: usize,
+    pub(crate) plane: usize,
+}
+
+/// `count` runs of `len` contiguous elements, `stride` apart, the first at `start`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Runs {
+    pub(crate) start: usize,
+    pub(crate) len: usize,
+    pub(crate) count: usize,
+    pub(crate) stride: usize,
+}
+
+impl Runs {
+    /// The number of elements.
+    pub(crate) fn size(&self) -> usize {
+        self.len * self.count
+    }
+}
+
+impl Planar {
+    /// Blocks of one channel. A large plane is cut, small ones are put together.
+    pub(crate) fn blocks(&self) -> usize {
+        if self.plane > PLANAR_BLOCK {
+            self.planes * self.plane.div_ceil(PLANAR_BLOCK)
+        } else {
+            self.planes.div_ceil(self.planes_per_block())
+        }
+    }
+
+    fn planes_per_block(&self) -> usize {
+        PLANAR_BLOCK / self.plane.max(1)
+    }
+
+    pub(crate) fn block(&self, channel: usize, block: usize) -> Runs {
+        let stride = self.channels * self.plane;
+        if self.plane > PLANAR_BLOCK {
+            let cuts = self.plane.div_ceil(PLANAR_BLOCK);
+            let (plane, from) = (block / cuts, block % cuts * PLANAR_BLOCK);
+            let start = plane * stride + channel * self.plane + from;
+            Runs { start, len: PLANAR_BLOCK.min(self.plane - from), count: 1, stride }
+        } else {
+            let first = block * self.planes_per_block();
+            let count = self.planes_per_block().min(self.planes - first);
+            Runs { start: first * stride + channel * self.plane, len: self.plane, count, stride }
+        }
+    }
+}
+
+/// `(rows, channels)`, the values of a row contiguous.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rows {
+    pub(crate) rows: usize,
+    pub(crate) channels: usize,
+}
+
+impl Rows {
+    pub(crate) fn rows_per_block(&self) -> usize {
+        (ROWS_BLOCK / self.channels).clamp(ROWS_PER_BLOCK.0, ROWS_PER_BLOCK.1)
+    }
+
+    pub(crate) fn blocks(&self) -> usize {
+        self.rows.div_ceil(self.rows_per_block())
+    }
+
+    /// The rows of a block.
+    pub(crate) fn block(&self, block: usize) -> Range<usize> {
+        let first = block * self.rows_per_block();
+        first..(first + self.rows_per_block()).min(self.rows)
+    }
+
+    /// Rows that the kernels treat as one, so that short rows fill whole vectors.
+    pub(crate) fn joined(&self) -> usize {
+        if self.channels < JOIN_BELOW {
+            MAX_LANES >> self.channels.trailing_zeros().min(MAX_LANES.trailing_zeros())
+        } else {
+            1
+        }
+    }
+
+    /// Elements of a joined row.
+    pub(crate) fn period(&self) -> usize {
+        self.joined() * self.channels
+    }
+
+    /// [`Rows::period`] up to whole vectors: the length of arrays with a value per column.
+    pub(crate) fn padded(&self) -> usize {
+        self.period().next_multiple_of(MAX_LANES)
+    }
+
+    /// Ranges of columns to give `tasks` tasks to threads where the blocks alone do not; columns are independent,
+    /// so their number is free. The first of each range starts a vector.
+    pub(crate) fn tiles(&self, tasks: usize) -> usize {
+        if self.joined() > 1 || tasks <= self.blocks() {
+            1
+        } else {
+            tasks.div_ceil(self.blocks().max(1)).min(self.channels.div_ceil(TILE))
+        }
+    }
+
+    pub(crate) fn tile(&self, tile: usize, tiles: usize) -> Range<usize> {
+        if tiles == 1 {
+            return 0..self.period();
+        }
+        let vectors = self.channels.div_ceil(MAX_LANES);
+        let at = |i: usize| (i * vectors / tiles * MAX_LANES).min(self.channels);
+        at(tile)..at(tile + 1)
+    }
+}
+
+/// How a plan uses threads. The bits of the results do not depend on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Parallelism {
+    /// The rayon pool that the caller is in, at most as many of its threads as the machine has physical cores,
+    /// and only where the tensor is large enough. Without the feature `rayon`: sequential.
+    #[default]
+    Auto,
+    /// The calling thread alone.
+    Sequential,
+    /// Work cut for this many threads whatever the size of the tensor, on the rayon pool that the caller is in.
+    /// 0 and 1 are sequential. Without the feature `rayon`: sequential.
+    Threads(usize),
+}
+
+impl Parallelism {
+    /// How many threads to cut the work on a tensor of `bytes` for.
+    pub(crate) fn workers(self, bytes: usize) -> usize {
+        #[cfg(feature = "rayon")]
+        match self {
+            Self::Sequential => 1,
+            Self::Threads(n) => n.max(1),
+            Self::Auto if bytes < 2 * GRAIN => 1,
+            Self::Auto => rayon::current_num_threads().min(physical_cores()).min(bytes / GRAIN),
+        }
+        #[cfg(not(feature = "rayon"))]
+        {
+            let _ = bytes;
+            1
+        }
+    }
+}
+
+/// Memory is the limit, and the threads of one core share it: more threads than cores bring nothing.
+#[cfg(feature = "rayon")]
+fn physical_cores() -> usize {
+    static CORES: std::sync::OnceLock<usize> = std::sync::OnceLock::new();
+    *CORES.get_or_init(|| num_cpus::get_physical().max(1))
+}
+
+/// Into how many pieces `items` are cut for `workers` threads: a few for each, so that a late thread finds less to do.
+pub(crate) fn pieces(workers: usize, items: usize) -> usize {
+    if workers == 1 { items.min(1) } else { items.min(workers.saturating_mul(4)) }
+}
+
+/// Calls `work` with each piece's number and its range of `0..items`, on `workers` threads.
+pub(crate) fn for_each_piece(workers: usize, items: usize, work: impl Fn(usize, Range<usize>) + Sync) {
+    let pieces = pieces(workers, items);
+    let range = |i: usize| share(items, i, pieces)..share(items, i + 1, pieces);
+    #[cfg(feature = "rayon")]
+    if workers > 1 {
+        use rayon::prelude::*;
+        // A pool larger than `workers` is held back by joining the pieces of one worker.
+        let least = if workers < rayon::current_num_threads() { pieces.div_ceil(workers) } else { 1 };
+        (0..pieces).into_par_iter().with_min_len(least).for_each(|i| work(i, range(i)));
+        return;
+    }
+    (0..pieces).for_each(|i| work(i, range(i)));
+}
+
+/// `items * i / pieces` without overflow.
+fn share(items: usize, i: usize, pieces: usize) -> usize {
+    items / pieces * i + items % pieces * i / pieces
+}
+
+/// A slice whose disjoint parts are written by several threads: the one place that splits output.
+#[derive(Clone, Copy)]
+pub(crate) struct Disjoint<'a, T> {
+    ptr: *mut T,
+    len: usize,
+    life: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: it hands out elements as `&mut [T]` would when split, which needs T: Send; callers keep the parts apart.
+unsafe impl<T: Send> Send for Disjoint<'_, T> {}
+// SAFETY: as above; sharing it gives no access without the promise of `slice`.
+unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
+
+impl<'a, T> Disjoint<'a, T> {
+    pub(crate) fn new(slice: &'a mut [T]) -> Self {
+        Self { ptr: slice.as_mut_ptr(), len: slice.len(), life: PhantomData }
+    }
+
+    pub(crate) fn as_ptr(&self) -> *mut T {
+        self.ptr
+    }
+
+    /// The elements of `range`.
+    ///
+    /// # Safety
+    /// No other reference to any of them lives at the same time.
+    #[allow(clippy::mut_from_ref, reason = "the caller keeps the parts apart")]
+    pub(crate) unsafe fn slice(&self, range: Range<usize>) -> &'a mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len, "range outside of the slice");
+        // SAFETY: inside the slice, and exclusive as the caller promises.
+        unsafe { core::slice::from_raw_parts_mut(self.ptr.add(range.start), range.len()) }
+    }
+
+    /// Writes one element.
+    ///
+    /// # Safety
+    /// No other access to it happens at the same time.
+    pub(crate) unsafe fn set(&self, index: usize, value: T)
+    where
+        T: Copy,
+    {
+        assert!(index < self.len, "index outside of the slice");
+        // SAFETY: inside the slice, and exclusive as the caller promises.
+        unsafe { self.ptr.add(index).write(value) }
+    }
+}
+
+/// The tensor that an elementwise pass reads, shared by threads while another [`Disjoint`] writes, perhaps in place.
+#[derive(Clone, Copy)]
+pub(crate) struct Source<'a, T> {
+    ptr: *const T,
+    life: PhantomData<&'a [T]>,
+}
+
+// SAFETY: it is read only where the callers of the kernels promise that no thread writes the same element.
+unsafe impl<T: Sync> Send for Source<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for Source<'_, T> {}
+
+impl<'a, T> Source<'a, T> {
+    pub(crate) fn new(slice: &'a [T]) -> Self {
+        Self { ptr: slice.as_ptr(), life: PhantomData }
+    }
+
+    pub(crate) fn as_ptr(&self) -> *const T {
+        self.ptr
+    }
+}
+
+/// A tensor read and a tensor written: two slices, or one.
+#[derive(Clone, Copy)]
+pub(crate) struct InOut<'a, T> {
+    pub(crate) from: Source<'a, T>,
+    pub(crate) to: Disjoint<'a, T>,
+}
+
+impl<'a, T> InOut<'a, T> {
+    pub(crate) fn apart(from: &'a [T], to: &'a mut [T]) -> Self {
+        Self { from: Source::new(from), to: Disjoint::new(to) }
+    }
+
+    pub(crate) fn in_place(data: &'a mut [T]) -> Self {
+        let to = Disjoint::new(data);
+        Self { from: Source { ptr: to.as_ptr(), life: PhantomData }, to }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shapes() -> impl Iterator<Item = (usize, usize, usize)> {
+        let spatial = [1, 2, 49, 784, 8191, 8192, 8193, 20000];
+        [1, 2, 3, 33].into_iter().flat_map(move |n| spatial.into_iter().map(move |s| (n, 5, s)))
+    }
+
+    #[test]
+    fn planar_blocks_cover_each_element_once() {
+        for (planes, channels, plane) in shapes() {
+            let p = Planar { planes, channels, plane };
+            let mut seen = vec![0u8; planes * channels * plane];
+            for channel in 0..channels {
+                for block in 0..p.blocks() {
+                    let runs = p.block(channel, block);
+                    for i in 0..runs.size() {
+                        let at = runs.start + i / runs.len * runs.stride + i % runs.len;
+                        assert_eq!(at / plane % channels, channel);
+                        seen[at] += 1;
+                    }
+                }
+            }
+            assert!(seen.iter().all(|&n| n == 1), "{p:?}");
+        }
+    }
+
+    #[test]
+    fn row_blocks_and_tiles_cover_each_element_once() {
+        for (rows, channels) in [(1, 2), (127, 3), (4097, 3), (300, 128), (129, 1000), (1, 5000)] {
+            let r = Rows { rows, channels };
+            assert_eq!((0..r.blocks()).flat_map(|b| r.block(b)).collect::<Vec<_>>(), (0..rows).collect::<Vec<_>>());
+            for tasks in [1, 2, 7, 100] {
+                let tiles = r.tiles(tasks);
+                let columns: Vec<_> = (0..tiles).flat_map(|t| r.tile(t, tiles)).collect();
+                assert_eq!(columns, (0..r.period()).collect::<Vec<_>>(), "{r:?} {tasks}");
+            }
+        }
+    }
+
+    #[test]
+    fn pieces_cover_all_items() {
+        for (workers, items) in [(1, 0), (1, 5), (2, 0), (2, 3), (2, 100), (7, 29)] {
+            let seen = std::sync::Mutex::new(vec![0; items]);
+            for_each_piece(workers, items, |_, range| range.for_each(|i| seen.lock().unwrap()[i] += 1));
+            assert!(seen.into_inner().unwrap().iter().all(|&n| n == 1));
+        }
+    }
+}

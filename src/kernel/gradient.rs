@@ -1,0 +1,181 @@
+//! The sums that the gradients of gamma and beta are, and the gradient of the input.
+//!
+//! With `xhat = (x - mean) * inv_std` over `m` values (Ioffe & Szegedy 2015, section 3):
+//!
+//! ```text
+//! dbeta = sum(dy)      dgamma = sum(dy * xhat)
+//! dx = gamma * inv_std * ((dy - dbeta/m) - xhat * dgamma/m)
+//! ```
+
+use core::marker::PhantomData;
+
+use super::map::Map;
+use super::sums::{self, Columns, RowBlock, Terms};
+use crate::element::{Element, Real};
+use crate::grid::Runs;
+use crate::moments::GradientSums;
+use crate::simd::{Compute, Isa, Load, Native, Vector, Widened};
+
+/// `dy` and `dy * (x - hi) * inv_std`, `hi` the rounded mean.
+struct Weighted<L, E> {
+    x: *const E,
+    dy: *const E,
+    load: PhantomData<L>,
+}
+
+impl<I: Isa, E: Element, L: Load<I, Element = E>> Terms<I, 2> for Weighted<L, E> {
+    type Vector = L::Vector;
+
+    #[inline(always)]
+    unsafe fn at<const FULL: bool>(
+        &self,
+        isa: I,
+        [hi, inv_std]: &[L::Vector; 2],
+        at: usize,
+        n: usize,
+    ) -> (L::Vector, L::Vector) {
+        // SAFETY: the caller's promise.
+        let (x, dy) = unsafe {
+            if FULL {
+                (L::load(isa, self.x.add(at)), L::load(isa, self.dy.add(at)))
+            } else {
+                let zero = L::Vector::splat(isa, Default::default());
+                (L::load_first(isa, self.x.add(at), n, *hi), L::load_first(isa, self.dy.add(at), n, zero))
+            }
+        };
+        (dy, dy.mul(x.sub(*hi).mul(*inv_std)))
+    }
+}
+
+#[inline(always)]
+fn is_sound([a, b]: [f64; 2]) -> bool {
+    a.is_finite() && b.is_finite()
+}
+
+/// `[sum(dy), sum(dy * (x - hi) * inv_std)]` of one block of a channel.
+///
+/// # Safety
+/// The runs lie inside the tensors at `x` and `dy`.
+#[inline(always)]
+pub(crate) unsafe fn of_runs<I: Isa, E: Element>(
+    isa: I,
+    x: *const E,
+    dy: *const E,
+    [hi, inv_std]: [E::Param; 2],
+    runs: Runs,
+) -> [f64; 2] {
+    let terms = Weighted { x, dy, load: PhantomData::<Native<E>> };
+    // SAFETY: the caller's promise.
+    let (a, b) = unsafe { sums::over_runs(isa, &terms, [hi, inv_std], runs) };
+    if is_sound([a, b]) {
+        return [a, b];
+    }
+    let terms = Weighted { x, dy, load: PhantomData::<Widened<E>> };
+    // SAFETY: the caller's promise.
+    let (a, b) = unsafe { sums::over_runs(isa, &terms, [hi.to_f64(), inv_std.to_f64()], runs) };
+    [a, b]
+}
+
+/// `[sum(dy), sum(dy * (x - hi) * inv_std)]` of each channel of a block of rows, for the channels of
+/// `block.columns`; value `k` of channel `first + i` goes to `out[k][i]`. `params(c)` are `[hi, inv_std]`.
+///
+/// # Safety
+/// The block lies inside the tensors at `x` and `dy` and starts with a row.
+#[inline(always)]
+pub(crate) unsafe fn of_rows<I: Isa, E: Element>(
+    isa: I,
+    x: *const E,
+    dy: *const E,
+    params: impl Fn(usize) -> [E::Param; 2],
+    channels: usize,
+    block: RowBlock,
+    columns: &mut Columns<'_, E::Param>,
+    out: [&mut [f64]; 2],
+) {
+    let (first, last) = (block.columns.0, block.columns.1.min(channels));
+    let padded = columns.wide[0].len();
+    for c in first..last {
+        [columns.params[c], columns.params[padded + c]] = params(c);
+    }
+    for c in channels..block.period {
+        columns.params[c] = columns.params[c - channels];
+        columns.params[padded + c] = columns.params[padded + c - channels];
+    }
+    let terms = Weighted { x, dy, load: PhantomData::<Native<E>> };
+    // SAFETY: the caller's promise.
+    unsafe { sums::over_rows(isa, &terms, block, columns) };
+    columns.join(channels, block.period);
+    let [a, b] = out;
+    a.copy_from_slice(&columns.wide[0][first..last]);
+    b.copy_from_slice(&columns.wide[1][first..last]);
+    for (c, (a, b)) in (first..last).zip(a.iter_mut().zip(b)) {
+        if !is_sound([*a, *b]) {
+            let [hi, inv_std] = params(c).map(Real::to_f64);
+            (*a, *b) = (0.0, 0.0);
+            for r in 0..block.len / channels {
+                let at = block.start + r * channels + c;
+                // SAFETY: row `r` and channel `c` lie inside the block.
+                let (x, dy) = unsafe { (x.add(at).read(), dy.add(at).read()) };
+                let dy = dy.to_param().to_f64();
+                *a += dy;
+                *b += dy * ((x.to_param().to_f64() - hi) * inv_std);
+            }
+        }
+    }
+}
+
+/// A channel's `[hi, inv_std, slope, dy_mean, scale, shift]`: with `scale = gamma * inv_std`,
+/// `dx = ((dy - dy_mean) * scale + shift) + ((x - hi) * inv_std) * slope`. Both means are rounded to the computed
+/// type and what they lack is in `shift`.
+pub(crate) fn coefficients<R: Real>(
+    mean: R,
+    residue: R,
+    inv_std: R,
+    gamma: R,
+    sums: GradientSums,
+    count: f64,
+) -> [R; 6] {
+    let scale = gamma.to_f64() * inv_std.to_f64();
+    let slope = -scale * (sums.dy_xhat / count);
+    let dy_mean = sums.dy / count;
+    let rounded = R::from_f64(dy_mean);
+    let shift = -(dy_mean - rounded.to_f64()) * scale - residue.to_f64() * inv_std.to_f64() * slope;
+    [mean, inv_std, R::from_f64(slope), rounded, R::from_f64_saturating(scale), R::from_f64(shift)]
+}
+
+/// `dx` from `x` and `dy`.
+pub(crate) struct InputGradient<'a, E> {
+    x: *const E,
+    dy: *const E,
+    life: PhantomData<&'a [E]>,
+}
+
+impl<E> InputGradient<'_, E> {
+    pub(crate) fn new(x: *const E, dy: *const E) -> Self {
+        Self { x, dy, life: PhantomData }
+    }
+}
+
+impl<I: Isa, E: Element> Map<I, 6> for InputGradient<'_, E> {
+    type Element = E;
+
+    #[inline(always)]
+    unsafe fn at<const FULL: bool>(
+        &self,
+        isa: I,
+        [hi, inv_std, slope, dy_mean, scale, shift]: &[Compute<I, E>; 6],
+        at: usize,
+        n: usize,
+    ) -> Compute<I, E> {
+        // SAFETY: the caller's promise.
+        let (x, dy) = unsafe {
+            if FULL {
+                (E::load(isa, self.x.add(at)), E::load(isa, self.dy.add(at)))
+            } else {
+                (E::load_first(isa, self.x.add(at), n, *hi), E::load_first(isa, self.dy.add(at), n, *dy_mean))
+            }
+        };
+        let xhat = x.sub(*hi).mul(*inv_std);
+        dy.sub(*dy_mean).mul(*scale).add(*shift).add(xhat.mul(*slope))
+    }
+}

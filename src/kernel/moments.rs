@@ -1,0 +1,188 @@
+//! Moments of a block in one pass: sums of `x - shift` and of its square, around a shift taken from the block.
+//!
+//! `mean = shift + s/n` and `m2 = q - s*s/n` (Chan, Golub & LeVeque, "Algorithms for computing the sample
+//! variance", 1983, the shifted form). Where the sums show that the shift was bad or that squares left the range
+//! of f32, the block, still in cache, is summed again in f64.
+
+use core::marker::PhantomData;
+
+use super::sums::{self, Columns, RowBlock, Terms, fold_lanes};
+use crate::element::{Element, Real};
+use crate::grid::Runs;
+use crate::moments::two_sum;
+use crate::simd::{Compute, Isa, Load, MAX_LANES, Native, Vector, Widened};
+
+/// `x - shift` and its square.
+struct Deviations<L, E> {
+    x: *const E,
+    load: PhantomData<L>,
+}
+
+impl<I: Isa, E: Element, L: Load<I, Element = E>> Terms<I, 1> for Deviations<L, E> {
+    type Vector = L::Vector;
+
+    #[inline(always)]
+    unsafe fn at<const FULL: bool>(
+        &self,
+        isa: I,
+        [shift]: &[L::Vector; 1],
+        at: usize,
+        n: usize,
+    ) -> (L::Vector, L::Vector) {
+        // SAFETY: the caller's promise. Lanes filled with the shift deviate by zero.
+        let x =
+            unsafe { if FULL { L::load(isa, self.x.add(at)) } else { L::load_first(isa, self.x.add(at), n, *shift) } };
+        let d = x.sub(*shift);
+        (d, d.mul(d))
+    }
+}
+
+/// Sums of `n` deviations from a shift and of their squares.
+#[derive(Clone, Copy)]
+struct Shifted {
+    shift: f64,
+    n: f64,
+    s: f64,
+    q: f64,
+}
+
+impl Shifted {
+    /// Whether the shift lies within two standard deviations of the mean, so that `q - s*s/n` cancels little, and
+    /// the squares kept their bits. A NaN or an infinity says no.
+    #[inline(always)]
+    fn is_sound<R: Real>(&self) -> bool {
+        let square = self.s * (self.s / self.n);
+        square <= 4.0 * (self.q - square) && self.q >= self.n * R::TINY_SQUARE && self.q < f64::INFINITY
+    }
+
+    /// The mean found, where another pass in f64 around it would do better.
+    #[inline(always)]
+    fn better_shift(&self) -> Option<f64> {
+        let mean = self.shift + self.s / self.n;
+        (!self.is_sound::<f64>() && mean.is_finite()).then_some(mean)
+    }
+
+    /// `[mean, residue, m2]`
+    #[inline(always)]
+    fn finish(&self) -> [f64; 3] {
+        let offset = self.s / self.n;
+        let (mean, residue) = two_sum(self.shift, offset);
+        let m2 = self.q - self.s * offset;
+        // The comparison keeps a NaN.
+        [mean, residue, if m2 < 0.0 { 0.0 } else { m2 }]
+    }
+}
+
+/// `[mean, residue, m2]` of one block of a channel.
+///
+/// # Safety
+/// The runs lie inside the tensor at `x` and are not empty.
+#[inline(always)]
+pub(crate) unsafe fn of_runs<I: Isa, E: Element>(isa: I, x: *const E, runs: Runs) -> [f64; 3] {
+    let n = runs.size() as f64;
+    // SAFETY: the block is not empty, and the first vector is read only if the first run holds it.
+    let shift = unsafe {
+        let first = x.add(runs.start).read().to_param();
+        if runs.len < Compute::<I, E>::LANES {
+            first
+        } else {
+            let mut lanes = [0f64; MAX_LANES];
+            E::load(isa, x.add(runs.start)).add_widened(lanes.as_mut_ptr());
+            let mean = fold_lanes(lanes) * (1.0 / Compute::<I, E>::LANES as f64);
+            if mean.is_finite() { E::Param::from_f64(mean) } else { first }
+        }
+    };
+    let terms = Deviations { x, load: PhantomData::<Native<E>> };
+    // SAFETY: the caller's promise.
+    let (s, q) = unsafe { sums::over_runs(isa, &terms, [shift], runs) };
+    let shifted = Shifted { shift: shift.to_f64(), n, s, q };
+    if shifted.is_sound::<E::Param>() {
+        return shifted.finish();
+    }
+    let terms = Deviations { x, load: PhantomData::<Widened<E>> };
+    let mut wide = shifted;
+    let mut again = Some(shifted.shift);
+    // Once around the same shift, and once more around the mean if that was far off.
+    for _ in 0..2 {
+        let Some(shift) = again else { break };
+        // SAFETY: the caller's promise.
+        let (s, q) = unsafe { sums::over_runs(isa, &terms, [shift], runs) };
+        wide = Shifted { shift, n, s, q };
+        again = wide.better_shift();
+    }
+    wide.finish()
+}
+
+/// `[mean, residue, m2]` of each channel of a block of rows, for the channels of `block.columns`; value `k` of
+/// channel `first + i` goes to `out[k][i]`.
+///
+/// # Safety
+/// The block lies inside the tensor at `x`, starts with a row and is not empty.
+#[inline(always)]
+pub(crate) unsafe fn of_rows<I: Isa, E: Element>(
+    isa: I,
+    x: *const E,
+    channels: usize,
+    block: RowBlock,
+    columns: &mut Columns<'_, E::Param>,
+    out: [&mut [f64]; 3],
+) {
+    let rows = block.len / channels;
+    let n = rows as f64;
+    let (first, last) = (block.columns.0, block.columns.1.min(channels));
+    // SAFETY: row `r` and channel `c` lie inside the block.
+    let value = |r: usize, c: usize| unsafe { x.add(block.start + r * channels + c).read().to_param() };
+    for c in first..last {
+        let x0 = value(0, c);
+        let mut shift = x0;
+        if rows >= 4 {
+            shift = ((x0 + value(1, c)) + (value(2, c) + value(3, c))) * E::Param::from_f64(0.25);
+            if !shift.to_f64().is_finite() {
+                shift = x0;
+            }
+        }
+        columns.params[c] = shift;
+    }
+    for c in channels..block.period {
+        columns.params[c] = columns.params[c - channels];
+    }
+    let terms = Deviations { x, load: PhantomData::<Native<E>> };
+    // SAFETY: the caller's promise.
+    unsafe { sums::over_rows(isa, &terms, block, columns) };
+    columns.join(channels, block.period);
+    let shifted = |columns: &Columns<'_, E::Param>, c: usize| Shifted {
+        shift: columns.params[c].to_f64(),
+        n,
+        s: columns.wide[0][c],
+        q: columns.wide[1][c],
+    };
+    let [mean, residue, m2] = out;
+    let mut sound = true;
+    for c in first..last {
+        let shifted = shifted(columns, c);
+        sound &= shifted.is_sound::<E::Param>();
+        [mean[c - first], residue[c - first], m2[c - first]] = shifted.finish();
+    }
+    if sound {
+        return;
+    }
+    for c in first..last {
+        let shifted = shifted(columns, c);
+        if !shifted.is_sound::<E::Param>() {
+            let mut wide = shifted;
+            let mut again = Some(shifted.shift);
+            for _ in 0..2 {
+                let Some(shift) = again else { break };
+                let (mut s, mut q) = (0.0, 0.0);
+                for r in 0..rows {
+                    let d = value(r, c).to_f64() - shift;
+                    s += d;
+                    q += d * d;
+                }
+                wide = Shifted { shift, n, s, q };
+                again = wide.better_shift();
+            }
+            [mean[c - first], residue[c - first], m2[c - first]] = wide.finish();
+        }
+    }
+}

@@ -1,0 +1,45 @@
+//! `y = gamma * (x - mean) * inv_std + beta`, in the centred form.
+//!
+//! With `hi` the mean rounded to the computed type and `scale = gamma * inv_std`, `y = (x - hi) * scale + shift`:
+//! the difference is exact near the mean, and what `hi` lacks of the mean is in `shift`.
+
+use core::marker::PhantomData;
+
+use super::map::Map;
+use crate::element::{Element, Real};
+use crate::simd::{Compute, Isa, Vector};
+
+/// A channel's `[hi, scale, shift]`.
+pub(crate) fn coefficients<R: Real>(mean: R, residue: R, inv_std: f64, gamma: R, beta: R) -> [R; 3] {
+    let scale = gamma.to_f64() * inv_std;
+    [mean, R::from_f64_saturating(scale), R::from_f64(beta.to_f64() - residue.to_f64() * scale)]
+}
+
+/// `y` from `x`.
+pub(crate) struct Normalize<'a, E> {
+    x: *const E,
+    life: PhantomData<&'a [E]>,
+}
+
+impl<E> Normalize<'_, E> {
+    pub(crate) fn new(x: *const E) -> Self {
+        Self { x, life: PhantomData }
+    }
+}
+
+impl<I: Isa, E: Element> Map<I, 3> for Normalize<'_, E> {
+    type Element = E;
+
+    #[inline(always)]
+    unsafe fn at<const FULL: bool>(
+        &self,
+        isa: I,
+        [hi, scale, shift]: &[Compute<I, E>; 3],
+        at: usize,
+        n: usize,
+    ) -> Compute<I, E> {
+        // SAFETY: the caller's promise.
+        let x = unsafe { if FULL { E::load(isa, self.x.add(at)) } else { E::load_first(isa, self.x.add(at), n, *hi) } };
+        x.sub(*hi).mul(*scale).add(*shift)
+    }
+}

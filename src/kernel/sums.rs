@@ -1,0 +1,244 @@
+//! Sums of two terms per element, over the runs of a channel or over rows of channels, in one fixed order.
+//!
+//! Four vectors are added as a tree, `(v0 + v1) + (v2 + v3)`, to one accumulator; after eight such groups the
+//! accumulator is widened and added to a sum in f64. So a chain of roundings in f32 is at most ten additions long,
+//! and a sum of equal values hardly rounds at all. Missing vectors and lanes count as zero.
+
+use crate::grid::Runs;
+use crate::simd::{Isa, Lanes, MAX_LANES, Vector};
+
+/// Vectors that are added as a tree.
+pub(crate) const GROUP: usize = 4;
+/// Groups that are added up before they are widened to f64.
+pub(crate) const GROUPS: usize = 8;
+
+/// Two terms per element, made of `K` parameters of the channel.
+pub(crate) trait Terms<I: Isa, const K: usize> {
+    /// The vector that the terms are computed in.
+    type Vector: Vector<I>;
+
+    /// The terms of the elements from `at`: of a whole vector if `FULL`, else of the first `n` and zero beyond.
+    ///
+    /// # Safety
+    /// The elements lie inside the tensors that the terms were made for.
+    unsafe fn at<const FULL: bool>(
+        &self,
+        isa: I,
+        params: &[Self::Vector; K],
+        at: usize,
+        n: usize,
+    ) -> (Self::Vector, Self::Vector);
+}
+
+type Scalar<I, T, const K: usize> = <<T as Terms<I, K>>::Vector as Vector<I>>::Scalar;
+
+#[inline(always)]
+fn tree<I: Isa, V: Vector<I>>(v: [V; GROUP]) -> V {
+    v[0].add(v[1]).add(v[2].add(v[3]))
+}
+
+/// The terms of up to `n` elements from `at`, zero for none.
+#[inline(always)]
+unsafe fn some<I: Isa, T: Terms<I, K>, const K: usize>(
+    isa: I,
+    terms: &T,
+    params: &[T::Vector; K],
+    at: usize,
+    n: usize,
+) -> (T::Vector, T::Vector) {
+    let lanes = T::Vector::LANES;
+    // SAFETY: the caller's promise for n elements.
+    unsafe {
+        if n >= lanes {
+            terms.at::<true>(isa, params, at, lanes)
+        } else if n > 0 {
+            terms.at::<false>(isa, params, at, n)
+        } else {
+            let zero = T::Vector::splat(isa, Default::default());
+            (zero, zero)
+        }
+    }
+}
+
+/// The sums of both terms over all runs; `params` are the channel's.
+///
+/// # Safety
+/// The runs lie inside the tensors that `terms` was made for.
+#[inline(always)]
+pub(crate) unsafe fn over_runs<I: Isa, T: Terms<I, K>, const K: usize>(
+    isa: I,
+    terms: &T,
+    params: [Scalar<I, T, K>; K],
+    runs: Runs,
+) -> (f64, f64) {
+    let lanes = T::Vector::LANES;
+    let zero = T::Vector::splat(isa, Default::default());
+    let mut vectors = [zero; K];
+    for k in 0..K {
+        vectors[k] = T::Vector::splat(isa, params[k]);
+    }
+    let params = vectors;
+    let (mut a, mut b) = (zero, zero);
+    let (mut wide_a, mut wide_b) = ([0f64; MAX_LANES], [0f64; MAX_LANES]);
+    let mut groups = 0;
+    for run in 0..runs.count {
+        let start = runs.start + run * runs.stride;
+        let mut i = 0;
+        while i < runs.len {
+            let (mut ga, mut gb) = ([zero; GROUP], [zero; GROUP]);
+            // SAFETY: the elements asked for lie inside the run; the buffers hold MAX_LANES sums.
+            unsafe {
+                if i + GROUP * lanes <= runs.len {
+                    for j in 0..GROUP {
+                        (ga[j], gb[j]) = terms.at::<true>(isa, &params, start + i + j * lanes, lanes);
+                    }
+                } else {
+                    for j in 0..GROUP {
+                        let from = (i + j * lanes).min(runs.len);
+                        (ga[j], gb[j]) = some(isa, terms, &params, start + from, runs.len - from);
+                    }
+                }
+                a = a.add(tree(ga));
+                b = b.add(tree(gb));
+                groups += 1;
+                if groups == GROUPS {
+                    a.add_widened(wide_a.as_mut_ptr());
+                    b.add_widened(wide_b.as_mut_ptr());
+                    (a, b, groups) = (zero, zero, 0);
+                }
+            }
+            i += GROUP * lanes;
+        }
+    }
+    // SAFETY: the buffers hold MAX_LANES sums.
+    unsafe {
+        a.add_widened(wide_a.as_mut_ptr());
+        b.add_widened(wide_b.as_mut_ptr());
+    }
+    (fold_lanes(wide_a), fold_lanes(wide_b))
+}
+
+/// The sum of all lanes: the upper half is added to the lower one until one is left.
+#[inline(always)]
+pub(crate) fn fold_lanes(mut lanes: [f64; MAX_LANES]) -> f64 {
+    let mut half = MAX_LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// A block of joined rows: `len` elements from `start`, the columns repeating with `period`. Sums are taken over
+/// `columns` of it, whose first begins a vector.
+#[derive(Clone, Copy)]
+pub(crate) struct RowBlock {
+    pub(crate) start: usize,
+    pub(crate) len: usize,
+    pub(crate) period: usize,
+    pub(crate) columns: (usize, usize),
+}
+
+/// Memory for the sums of rows: each array has a value per column of the period, up to whole vectors.
+pub(crate) struct Columns<'a, R> {
+    /// The parameters of the terms, array after array.
+    pub(crate) params: &'a mut [R],
+    /// The accumulators of both terms.
+    pub(crate) narrow: [&'a mut [R]; 2],
+    /// The sums of both terms.
+    pub(crate) wide: [&'a mut [f64]; 2],
+}
+
+/// The sums of both terms for each column of the block, left in `columns.wide`; parameter `k` of column `c` is at
+/// `k * padded + c` of `columns.params`.
+///
+/// # Safety
+/// The block lies inside the tensors that `terms` was made for.
+#[inline(always)]
+pub(crate) unsafe fn over_rows<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vector<I>>, const K: usize>(
+    isa: I,
+    terms: &T,
+    block: RowBlock,
+    columns: &mut Columns<'_, R>,
+) {
+    let lanes = R::Vector::<I>::LANES;
+    let (first, last) = block.columns;
+    let padded = columns.wide[0].len();
+    assert!(last.next_multiple_of(MAX_LANES) <= padded && first.is_multiple_of(MAX_LANES));
+    assert!(columns.params.len() >= K * padded && columns.wide[1].len() == padded);
+    assert!(columns.narrow.iter().all(|narrow| narrow.len() == padded));
+    let params_at = columns.params.as_ptr();
+    let [a_at, b_at] = [columns.narrow[0].as_mut_ptr(), columns.narrow[1].as_mut_ptr()];
+    let [wide_a, wide_b] = [columns.wide[0].as_mut_ptr(), columns.wide[1].as_mut_ptr()];
+    let zero = R::Vector::<I>::splat(isa, R::default());
+    let end = last.next_multiple_of(lanes);
+    for c in first..end {
+        columns.wide[0][c] = 0.0;
+        columns.wide[1][c] = 0.0;
+    }
+    // SAFETY: columns c..c + lanes lie below `padded`, the length of all arrays, by the assertions.
+    unsafe {
+        let mut c = first;
+        while c < end {
+            zero.store(a_at.add(c));
+            zero.store(b_at.add(c));
+            c += lanes;
+        }
+        let rows = block.len.div_ceil(block.period);
+        let mut groups = 0;
+        let mut row = 0;
+        while row < rows {
+            let whole = (row + GROUP) * block.period <= block.len;
+            let from = block.start + row * block.period;
+            let mut c = first;
+            while c < last {
+                let mut params = [zero; K];
+                for k in 0..K {
+                    params[k] = R::Vector::<I>::load(isa, params_at.add(k * padded + c));
+                }
+                let (mut ga, mut gb) = ([zero; GROUP], [zero; GROUP]);
+                if whole && c + lanes <= last {
+                    for j in 0..GROUP {
+                        (ga[j], gb[j]) = terms.at::<true>(isa, &params, from + j * block.period + c, lanes);
+                    }
+                } else {
+                    for j in 0..GROUP {
+                        let at = (row + j) * block.period + c;
+                        let n = (last - c).min(block.len.saturating_sub(at));
+                        (ga[j], gb[j]) = some(isa, terms, &params, block.start + at.min(block.len), n);
+                    }
+                }
+                R::Vector::<I>::load(isa, a_at.add(c)).add(tree(ga)).store(a_at.add(c));
+                R::Vector::<I>::load(isa, b_at.add(c)).add(tree(gb)).store(b_at.add(c));
+                c += lanes;
+            }
+            row += GROUP;
+            groups += 1;
+            if groups == GROUPS || row >= rows {
+                groups = 0;
+                let mut c = first;
+                while c < end {
+                    R::Vector::<I>::load(isa, a_at.add(c)).add_widened(wide_a.add(c));
+                    R::Vector::<I>::load(isa, b_at.add(c)).add_widened(wide_b.add(c));
+                    zero.store(a_at.add(c));
+                    zero.store(b_at.add(c));
+                    c += lanes;
+                }
+            }
+        }
+    }
+}
+
+impl<R> Columns<'_, R> {
+    /// Adds up the sums of the columns of joined rows that belong to the same channel.
+    #[inline(always)]
+    pub(crate) fn join(&mut self, channels: usize, period: usize) {
+        for wide in &mut self.wide {
+            for c in channels..period {
+                wide[c % channels] += wide[c];
+            }
+        }
+    }
+}

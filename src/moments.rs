@@ -1,0 +1,228 @@
+//! Statistics of one channel: what crosses blocks, threads and machines.
+
+use crate::element::Real;
+use crate::error::{Error, Result};
+use crate::forward::Statistics;
+use crate::grid::Disjoint;
+
+/// Count, mean and sum of squared deviations of the values of one channel.
+///
+/// Two sets of values are joined by [`Moments::merge`], the pairwise form of Welford's update given by
+/// Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979):
+///
+/// ```text
+/// delta = mean_b - mean_a        n = n_a + n_b
+/// mean  = mean_a + delta * n_b/n
+/// m2    = m2_a + m2_b + delta^2 * n_a*n_b/n
+/// ```
+///
+/// The mean is the unevaluated sum `mean + residue`, so that it is known far below an ulp of `mean`:
+/// with `|mean|` a million times the standard deviation, an f64 alone would be good to 1e-10 of it only.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Moments {
+    /// The number of values.
+    pub count: u64,
+    /// The mean, rounded to f64; 0 for no values.
+    pub mean: f64,
+    /// What the mean has beyond `mean`; at most half an ulp of it. 0 may be given where it is not known.
+    pub residue: f64,
+    /// The sum of squared deviations from the mean.
+    pub m2: f64,
+}
+
+impl Moments {
+    /// The moments of the values of `self` and `other` together. Depends on the order of the two only in rounding.
+    #[must_use]
+    pub fn merge(self, other: Self) -> Self {
+        // Guards against 0 * inf, and lets an empty shard leave the bits alone.
+        if other.count == 0 {
+            return self;
+        }
+        if self.count == 0 {
+            return other;
+        }
+        let weights = MergeWeights::new(self.count, other.count);
+        let (mean, residue, m2) =
+            weights.merge((self.mean, self.residue, self.m2), (other.mean, other.residue, other.m2));
+        Self { count: self.count + other.count, mean, residue, m2 }
+    }
+
+    /// The biased variance, `m2 / count`; NaN for no values.
+    pub fn variance(&self) -> f64 {
+        self.m2 / self.count as f64
+    }
+
+    /// `1 / sqrt(variance + eps)`, and 0 where `variance + eps` is 0: a constant channel then normalizes
+    /// to exactly beta whatever `eps` is.
+    pub fn inv_std(&self, eps: f64) -> f64 {
+        inv_std(self.variance(), eps)
+    }
+}
+
+/// `1 / sqrt(var + eps)`, 0 where that would divide by zero.
+pub(crate) fn inv_std(var: f64, eps: f64) -> f64 {
+    let square = var + eps;
+    if square == 0.0 { 0.0 } else { 1.0 / square.sqrt() }
+}
+
+/// The factors of a merge that depend on the counts alone; many channels share them.
+#[derive(Clone, Copy)]
+pub(crate) struct MergeWeights {
+    /// `n_b / n`
+    mean: f64,
+    /// `n_a * n_b / n`
+    m2: f64,
+}
+
+impl MergeWeights {
+    #[inline(always)]
+    pub(crate) fn new(a: u64, b: u64) -> Self {
+        let mean = b as f64 / (a + b) as f64;
+        Self { mean, m2: a as f64 * mean }
+    }
+
+    /// Merges `(mean, residue, m2)` of two sets.
+    #[inline(always)]
+    pub(crate) fn merge(self, a: (f64, f64, f64), b: (f64, f64, f64)) -> (f64, f64, f64) {
+        let delta = (b.0 - a.0) + (b.1 - a.1);
+        let (mean, residue) = two_sum(a.0, a.1 + delta * self.mean);
+        (mean, residue, (a.2 + b.2) + delta * delta * self.m2)
+    }
+}
+
+/// `a + b` as a rounded sum and its exact error (Knuth, The Art of Computer Programming, vol. 2, 4.2.2).
+#[inline(always)]
+pub(crate) fn two_sum(a: f64, b: f64) -> (f64, f64) {
+    let sum = a + b;
+    let b_part = sum - a;
+    let a_part = sum - b_part;
+    (sum, (a - a_part) + (b - b_part))
+}
+
+/// Sums over the values of one channel that the gradients are made of. Shards are joined by adding.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct GradientSums {
+    /// `sum(dy)`, which is dbeta.
+    pub dy: f64,
+    /// `sum(dy * xhat)`, which is dgamma.
+    pub dy_xhat: f64,
+}
+
+impl GradientSums {
+    /// The sums over the values of `self` and `other` together.
+    #[must_use]
+    pub fn merge(self, other: Self) -> Self {
+        Self { dy: self.dy + other.dy, dy_xhat: self.dy_xhat + other.dy_xhat }
+    }
+}
+
+/// What a training forward pass leaves for the backward pass and for running statistics: per channel
+/// the mean, the biased variance and `inv_std = 1 / sqrt(var + eps)` of the batch.
+///
+/// Made empty by [`Saved::new`] or [`BatchNorm::saved`](crate::BatchNorm::saved), filled by
+/// [`forward_train`](crate::BatchNorm::forward_train) or [`finish`](crate::BatchNorm::finish), and reused.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Saved<P> {
+    pub(crate) count: u64,
+    pub(crate) mean: Vec<P>,
+    pub(crate) residue: Vec<P>,
+    pub(crate) var: Vec<P>,
+    pub(crate) inv_std: Vec<P>,
+}
+
+impl<P: Real> Saved<P> {
+    /// Room for `channels` channels, with no statistics yet.
+    pub fn new(channels: usize) -> Self {
+        let zeros = || vec![P::default(); channels];
+        Self { count: 0, mean: zeros(), residue: zeros(), var: zeros(), inv_std: zeros() }
+    }
+
+    /// Statistics that were kept elsewhere, of `count` values per channel: for a framework that stores
+    /// `mean` and `inv_std` as tensors of its own between forward and backward. The residue of the mean
+    /// is taken as zero and the variance as `1/inv_std^2 - eps`, at least 0.
+    ///
+    /// # Errors
+    /// [`Error::Length`] if the two differ in length, [`Error::MissingStatistics`] for a count of zero,
+    /// [`Error::ZeroChannels`], [`Error::Eps`].
+    pub fn from_parts(count: u64, mean: Vec<P>, inv_std: Vec<P>, eps: f64) -> Result<Self> {
+        if mean.is_empty() {
+            return Err(Error::ZeroChannels);
+        }
+        crate::error::check_len("inv_std", mean.len(), inv_std.len())?;
+        check_eps(eps)?;
+        if count == 0 {
+            return Err(Error::MissingStatistics);
+        }
+        let var = inv_std.iter().map(|i| {
+            let i = i.to_f64();
+            P::from_f64(if i == 0.0 { 0.0 } else { (1.0 / (i * i) - eps).max(0.0) })
+        });
+        Ok(Self { count, var: var.collect(), residue: vec![P::default(); mean.len()], mean, inv_std })
+    }
+
+    /// The number of channels.
+    pub fn channels(&self) -> usize {
+        self.mean.len()
+    }
+
+    /// The number of values per channel; 0 before the first batch.
+    pub fn count(&self) -> u64 {
+        self.count
+    }
+
+    /// The mean of each channel.
+    pub fn mean(&self) -> &[P] {
+        &self.mean
+    }
+
+    /// What each mean has beyond its rounded value in [`Saved::mean`]. It matters where `|mean|` is
+    /// thousands of times the standard deviation.
+    pub fn residue(&self) -> &[P] {
+        &self.residue
+    }
+
+    /// The biased variance of each channel.
+    pub fn var(&self) -> &[P] {
+        &self.var
+    }
+
+    /// `1 / sqrt(var + eps)` of each channel; 0 where `var + eps` is 0, the largest finite number where
+    /// it would overflow.
+    pub fn inv_std(&self) -> &[P] {
+        &self.inv_std
+    }
+
+    /// Takes the statistics of a batch of `count` values, from several threads.
+    pub(crate) fn recorder(&mut self, count: u64) -> Recorder<'_, P> {
+        self.count = count;
+        let Self { mean, residue, var, inv_std, .. } = self;
+        Recorder { fields: [mean, residue, var, inv_std].map(|field| Disjoint::new(field)) }
+    }
+}
+
+/// The fields of [`Saved`], open to several threads.
+pub(crate) struct Recorder<'a, P> {
+    fields: [Disjoint<'a, P>; 4],
+}
+
+impl<P: Real> Recorder<'_, P> {
+    /// Records a channel and returns what the forward pass needs of it.
+    ///
+    /// # Safety
+    /// No other thread records the same channel.
+    pub(crate) unsafe fn set(&self, channel: usize, moments: &Moments, eps: f64) -> Statistics<P> {
+        let mean = P::from_f64(moments.mean);
+        let residue = P::from_f64((moments.mean - mean.to_f64()) + moments.residue);
+        let var = P::from_f64(moments.variance());
+        let inv_std = P::from_f64_saturating(moments.inv_std(eps));
+        for (field, value) in self.fields.iter().zip([mean, residue, var, inv_std]) {
+            // SAFETY: the caller's promise.
+            unsafe { field.set(channel, value) };
+        }
+        Statistics { mean, residue, inv_std: inv_std.to_f64() }
+    }
+}
+
+pub(crate) fn check_eps(eps: f64) -> Result<()> {
+    if eps.is_finite() && eps >= 0.0 { Ok(()) } else { Err(Error::Eps { got: eps }) }
+}

@@ -1,0 +1,581 @@
+//! The plan: a shape and options, checked once, and every operation on slices of that shape.
+
+use crate::backward::{GradientSumsOf, InputGradientTo};
+use crate::element::{Element, Real};
+use crate::error::{Error, Result, check_len};
+use crate::forward::{MomentsOf, NormalizeTo, Statistics};
+use crate::grid::{Disjoint, Geometry, InOut, Parallelism, Source};
+use crate::moments::{self, GradientSums, Moments, Saved, check_eps};
+use crate::pass::Context;
+use crate::running::{Population, check_variances};
+use crate::scratch::{Need, Pool};
+use crate::shape::Shape;
+use crate::simd::{Dispatched, Tier};
+
+/// The trained scale and offset of each channel, `C` values each; `None` stands for ones and for zeros.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Affine<'a, P> {
+    /// The scale, or 1.
+    pub gamma: Option<&'a [P]>,
+    /// The offset, or 0.
+    pub beta: Option<&'a [P]>,
+}
+
+impl<'a, P> Affine<'a, P> {
+    /// Both.
+    pub fn new(gamma: &'a [P], beta: &'a [P]) -> Self {
+        Self { gamma: Some(gamma), beta: Some(beta) }
+    }
+
+    /// Neither: `y = xhat`. The same as `Affine::default()`.
+    pub fn none() -> Self {
+        Self { gamma: None, beta: None }
+    }
+}
+
+impl<P> Default for Affine<'_, P> {
+    fn default() -> Self {
+        Self::none()
+    }
+}
+
+/// The gradients that [`BatchNorm::backward`] is to write: any subset.
+///
+/// ```
+/// # use batchnorm::Gradients;
+/// # let mut dx = [0f32; 4];
+/// let frozen_affine = Gradients::<f32> { dx: Some(&mut dx), ..Default::default() };
+/// ```
+#[derive(Debug, PartialEq)]
+pub struct Gradients<'a, E: Element> {
+    /// With respect to the input, of the input's length.
+    pub dx: Option<&'a mut [E]>,
+    /// With respect to gamma, `C` values.
+    pub dgamma: Option<&'a mut [E::Param]>,
+    /// With respect to beta, `C` values.
+    pub dbeta: Option<&'a mut [E::Param]>,
+}
+
+impl<E: Element> Default for Gradients<'_, E> {
+    fn default() -> Self {
+        Self { dx: None, dgamma: None, dbeta: None }
+    }
+}
+
+/// Batch Normalization (Ioffe & Szegedy 2015) of tensors of one shape and element type.
+///
+/// A plan checks its shape and options once, and each call checks the lengths of its slices; nothing is written
+/// unless all checks pass. Plans are shared between threads by reference. The memory for partial sums stays with
+/// the plan between calls, so that calls after the first allocate nothing; see [`BatchNorm::scratch_len`].
+///
+/// ```
+/// use batchnorm::{Affine, BatchNorm, Gradients, Shape};
+/// # let (x, dy) = (vec![1f32; 8 * 3 * 5 * 5], vec![1f32; 8 * 3 * 5 * 5]);
+/// # let (mut y, mut dx) = (x.clone(), x.clone());
+/// # let (gamma, beta, mut dgamma, mut dbeta) = ([1f32; 3], [0f32; 3], [0f32; 3], [0f32; 3]);
+/// let bn = BatchNorm::<f32>::new(Shape::nchw(8, 3, 5, 5)?)?;
+/// let mut saved = bn.saved();
+/// bn.forward_train(&x, Affine::new(&gamma, &beta), &mut y, &mut saved)?;
+/// let gradients = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
+/// bn.backward(&x, &dy, &saved, Some(&gamma), gradients)?;
+/// # Ok::<(), batchnorm::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct BatchNorm<E: Element> {
+    shape: Shape,
+    geometry: Geometry,
+    eps: f64,
+    tier: Dispatched,
+    parallelism: Parallelism,
+    pool: Pool<E::Param>,
+}
+
+impl<E: Element> Clone for BatchNorm<E> {
+    /// The same plan, with scratch of its own.
+    fn clone(&self) -> Self {
+        Self { pool: Pool::new(), ..*self }
+    }
+}
+
+impl<E: Element> BatchNorm<E> {
+    /// A plan with `eps` = 1e-5, the widest tier of this CPU, and threads as in [`Parallelism::Auto`].
+    ///
+    /// # Errors
+    /// None today; a shape that cannot be served would be refused here.
+    pub fn new(shape: Shape) -> Result<Self> {
+        Ok(Self {
+            shape,
+            geometry: Geometry::new(&shape),
+            eps: 1e-5,
+            tier: Dispatched::new(Tier::best())?,
+            parallelism: Parallelism::Auto,
+            pool: Pool::new(),
+        })
+    }
+
+    /// The number added to the variance under the square root; 0 is allowed.
+    ///
+    /// # Errors
+    /// [`Error::Eps`] if it is negative, infinite or NaN.
+    pub fn with_eps(self, eps: f64) -> Result<Self> {
+        check_eps(eps)?;
+        Ok(Self { eps, ..self })
+    }
+
+    /// The SIMD tier to run on. It changes the speed and no bit of the results.
+    ///
+    /// # Errors
+    /// [`Error::TierUnavailable`] if this CPU or build does not have it.
+    pub fn with_tier(self, tier: Tier) -> Result<Self> {
+        Ok(Self { tier: Dispatched::new(tier)?, ..self })
+    }
+
+    /// The use of threads. It changes the speed and no bit of the results.
+    #[must_use]
+    pub fn with_parallelism(self, parallelism: Parallelism) -> Self {
+        Self { parallelism, ..self }
+    }
+
+    /// The shape of the tensors.
+    pub fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    /// The number added to the variance.
+    pub fn eps(&self) -> f64 {
+        self.eps
+    }
+
+    /// The SIMD tier that the kernels run on.
+    pub fn tier(&self) -> Tier {
+        self.tier.tier()
+    }
+
+    /// Room for the statistics of a batch, to be filled by a forward pass and reused.
+    pub fn saved(&self) -> Saved<E::Param> {
+        Saved::new(self.shape.channels())
+    }
+
+    /// Bytes of scratch that one call on this plan uses at most, from the thread pool that this is asked in. It is
+    /// allocated by the first call, or ahead of it by [`BatchNorm::reserve`], and kept.
+    pub fn scratch_len(&self) -> usize {
+        self.most_scratch().bytes::<E::Param>()
+    }
+
+    /// Allocates scratch for `calls` calls at the same time, so that not even the first ones allocate.
+    pub fn reserve(&self, calls: usize) {
+        self.pool.reserve(calls, self.most_scratch());
+    }
+
+    fn most_scratch(&self) -> Need {
+        let context = self.context();
+        let halves = context.need::<3, 0>().max(context.need::<0, 6>());
+        halves.max(context.need::<3, 3>()).max(context.need::<2, 6>())
+    }
+
+    fn context(&self) -> Context {
+        let workers = self.parallelism.workers(self.shape.len() * size_of::<E>());
+        Context { geometry: self.geometry, tier: self.tier, workers }
+    }
+
+    fn check_tensor(&self, what: &'static str, got: &[E]) -> Result<()> {
+        check_len(what, self.shape.len(), got.len())
+    }
+
+    fn check_channels<T>(&self, what: &'static str, got: Option<&[T]>) -> Result<()> {
+        got.map_or(Ok(()), |got| check_len(what, self.shape.channels(), got.len()))
+    }
+
+    fn check_affine(&self, affine: Affine<'_, E::Param>) -> Result<()> {
+        self.check_channels("gamma", affine.gamma)?;
+        self.check_channels("beta", affine.beta)
+    }
+
+    fn check_batch(&self) -> Result<()> {
+        match self.shape.count() {
+            0 => Err(Error::EmptyBatch { batch: self.shape.batch(), spatial: self.shape.spatial() }),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_saved(&self, saved: &Saved<E::Param>) -> Result<()> {
+        check_len("saved", self.shape.channels(), saved.channels())?;
+        if saved.count == 0 { Err(Error::MissingStatistics) } else { Ok(()) }
+    }
+
+    /// Training forward pass: `y = gamma * (x - mean) * inv_std + beta` with the mean and the biased variance of the
+    /// batch, `inv_std = 1 / sqrt(var + eps)`; the statistics go to `saved` (Ioffe & Szegedy 2015, algorithm 1).
+    ///
+    /// # Errors
+    /// [`Error::Length`] for `x`, `y`, gamma, beta or `saved`; [`Error::EmptyBatch`] without values.
+    pub fn forward_train(
+        &self,
+        x: &[E],
+        affine: Affine<'_, E::Param>,
+        y: &mut [E],
+        saved: &mut Saved<E::Param>,
+    ) -> Result<()> {
+        self.check_tensor("x", x)?;
+        self.check_tensor("y", y)?;
+        self.train(InOut::apart(x, y), affine, saved)
+    }
+
+    /// [`BatchNorm::forward_train`] with `y` written over `x`. The backward pass needs `x`, so this suits networks
+    /// that keep a copy or recompute it.
+    ///
+    /// # Errors
+    /// As [`BatchNorm::forward_train`].
+    pub fn forward_train_in_place(
+        &self,
+        x: &mut [E],
+        affine: Affine<'_, E::Param>,
+        saved: &mut Saved<E::Param>,
+    ) -> Result<()> {
+        self.check_tensor("x", x)?;
+        self.train(InOut::in_place(x), affine, saved)
+    }
+
+    fn train(&self, io: InOut<'_, E>, affine: Affine<'_, E::Param>, saved: &mut Saved<E::Param>) -> Result<()> {
+        self.check_affine(affine)?;
+        check_len("saved", self.shape.channels(), saved.channels())?;
+        self.check_batch()?;
+        let context = self.context();
+        let record = saved.recorder(self.shape.count() as u64);
+        let eps = self.eps;
+        let close = |c, moments: Moments| {
+            // SAFETY: each channel is closed once.
+            unsafe { record.set(c, &moments, eps) }
+        };
+        let reduction = MomentsOf { x: io.from, count: self.shape.count() as u64, close };
+        let application = NormalizeTo { io, affine };
+        self.pool.with(context.need::<3, 3>(), |scratch| {
+            // SAFETY: the tensors have the shape's length, and this call borrows them and `saved`.
+            unsafe { context.run(&reduction, &application, scratch) }
+        });
+        Ok(())
+    }
+
+    /// Inference: `y = gamma * (x - mean) / sqrt(var + eps) + beta` with the statistics of the population. An empty
+    /// batch is a no-op.
+    ///
+    /// # Errors
+    /// [`Error::Length`] for `x`, `y`, gamma, beta, mean or var; [`Error::Variance`] for a negative or NaN variance.
+    pub fn forward_infer(
+        &self,
+        x: &[E],
+        affine: Affine<'_, E::Param>,
+        population: Population<'_, E::Param>,
+        y: &mut [E],
+    ) -> Result<()> {
+        self.check_tensor("x", x)?;
+        self.check_tensor("y", y)?;
+        self.infer(InOut::apart(x, y), affine, population)
+    }
+
+    /// [`BatchNorm::forward_infer`] with `y` written over `x`.
+    ///
+    /// # Errors
+    /// As [`BatchNorm::forward_infer`].
+    pub fn forward_infer_in_place(
+        &self,
+        x: &mut [E],
+        affine: Affine<'_, E::Param>,
+        population: Population<'_, E::Param>,
+    ) -> Result<()> {
+        self.check_tensor("x", x)?;
+        self.infer(InOut::in_place(x), affine, population)
+    }
+
+    fn infer(
+        &self,
+        io: InOut<'_, E>,
+        affine: Affine<'_, E::Param>,
+        Population { mean, var }: Population<'_, E::Param>,
+    ) -> Result<()> {
+        self.check_affine(affine)?;
+        self.check_channels("mean", Some(mean))?;
+        self.check_channels("var", Some(var))?;
+        check_variances(var)?;
+        let statistics = |c: usize| Statistics {
+            mean: mean[c],
+            residue: E::Param::default(),
+            inv_std: moments::inv_std(var[c].to_f64(), self.eps),
+        };
+        self.apply_forward(io, affine, statistics);
+        Ok(())
+    }
+
+    fn apply_forward(
+        &self,
+        io: InOut<'_, E>,
+        affine: Affine<'_, E::Param>,
+        statistics: impl Fn(usize) -> Statistics<E::Param> + Sync,
+    ) {
+        if self.shape.is_empty() {
+            return;
+        }
+        let context = self.context();
+        self.pool.with(context.need::<0, 3>(), |scratch| {
+            // SAFETY: the tensors have the shape's length, and the caller borrows them.
+            unsafe { context.apply(&NormalizeTo { io, affine }, statistics, scratch) }
+        });
+    }
+
+    /// The backward pass: with `m` values per channel and `xhat = (x - mean) * inv_std`,
+    ///
+    /// ```text
+    /// dbeta = sum(dy)      dgamma = sum(dy * xhat)
+    /// dx = gamma * inv_std * (dy - dbeta/m - xhat * dgamma/m)
+    /// ```
+    ///
+    /// (Ioffe & Szegedy 2015, section 3, simplified). `x` and `saved` are those of the forward pass; `gamma: None`
+    /// stands for ones. Any subset of the gradients is written.
+    ///
+    /// # Errors
+    /// [`Error::Length`] for any slice; [`Error::EmptyBatch`] without values; [`Error::MissingStatistics`] if no
+    /// forward pass filled `saved`; [`Error::Shards`] if `saved` is of another number of values than this batch.
+    pub fn backward(
+        &self,
+        x: &[E],
+        dy: &[E],
+        saved: &Saved<E::Param>,
+        gamma: Option<&[E::Param]>,
+        gradients: Gradients<'_, E>,
+    ) -> Result<()> {
+        let Gradients { dx, dgamma, dbeta } = gradients;
+        self.check_tensor("dy", dy)?;
+        if let Some(dx) = &dx {
+            self.check_tensor("dx", dx)?;
+        }
+        let dx = dx.map(|dx| InOut::apart(dy, dx));
+        self.differentiate(x, Source::new(dy), dx, saved, gamma, dgamma, dbeta)
+    }
+
+    /// [`BatchNorm::backward`] with dx written over `dy`.
+    ///
+    /// # Errors
+    /// As [`BatchNorm::backward`].
+    pub fn backward_in_place(
+        &self,
+        x: &[E],
+        dy: &mut [E],
+        saved: &Saved<E::Param>,
+        gamma: Option<&[E::Param]>,
+        dgamma: Option<&mut [E::Param]>,
+        dbeta: Option<&mut [E::Param]>,
+    ) -> Result<()> {
+        self.check_tensor("dy", dy)?;
+        let dx = InOut::in_place(dy);
+        self.differentiate(x, dx.from, Some(dx), saved, gamma, dgamma, dbeta)
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "the parts of two public calls, checked once")]
+    fn differentiate(
+        &self,
+        x: &[E],
+        dy: Source<'_, E>,
+        dx: Option<InOut<'_, E>>,
+        saved: &Saved<E::Param>,
+        gamma: Option<&[E::Param]>,
+        dgamma: Option<&mut [E::Param]>,
+        dbeta: Option<&mut [E::Param]>,
+    ) -> Result<()> {
+        self.check_tensor("x", x)?;
+        self.check_channels("gamma", gamma)?;
+        self.check_channels("dgamma", dgamma.as_deref())?;
+        self.check_channels("dbeta", dbeta.as_deref())?;
+        self.check_batch()?;
+        self.check_saved(saved)?;
+        let count = self.shape.count() as u64;
+        if saved.count != count {
+            return Err(Error::Shards { expected: count, got: saved.count });
+        }
+        let context = self.context();
+        let (dgamma, dbeta) = (dgamma.map(Disjoint::new), dbeta.map(Disjoint::new));
+        let close = |c, sums: GradientSums| {
+            for (out, sum) in [(dgamma, sums.dy_xhat), (dbeta, sums.dy)] {
+                if let Some(out) = out {
+                    // SAFETY: each channel is closed once.
+                    unsafe { out.set(c, E::Param::from_f64(sum)) }
+                }
+            }
+            sums
+        };
+        let x = Source::new(x);
+        let reduction = GradientSumsOf { x, dy, saved, close };
+        let Some(io) = dx else {
+            self.pool.with(context.need::<2, 0>(), |scratch| {
+                // SAFETY: the tensors have the shape's length, and this call borrows them and the gradients.
+                unsafe { context.reduce(&reduction, scratch) }
+            });
+            return Ok(());
+        };
+        let application = InputGradientTo { x, io, saved, gamma, count };
+        self.pool.with(context.need::<2, 6>(), |scratch| {
+            // SAFETY: the tensors have the shape's length, and this call borrows them and the gradients.
+            unsafe { context.run(&reduction, &application, scratch) }
+        });
+        Ok(())
+    }
+
+    /// The first half of a training forward pass: count, mean and sum of squared deviations of each channel. Shards of
+    /// a batch are joined by [`Moments::merge`], channel by channel; an empty shard has moments of count zero.
+    ///
+    /// # Errors
+    /// [`Error::Length`] for `x` or `moments` (`C` entries).
+    pub fn moments(&self, x: &[E], moments: &mut [Moments]) -> Result<()> {
+        self.check_tensor("x", x)?;
+        self.check_channels("moments", Some(moments))?;
+        if self.shape.is_empty() {
+            moments.fill(Moments::default());
+            return Ok(());
+        }
+        let context = self.context();
+        let out = Disjoint::new(moments);
+        // SAFETY: each channel is closed once.
+        let close = |c, moments| unsafe { out.set(c, moments) };
+        let reduction = MomentsOf { x: Source::new(x), count: self.shape.count() as u64, close };
+        self.pool.with(context.need::<3, 0>(), |scratch| {
+            // SAFETY: `x` has the shape's length, and this call borrows it and the moments.
+            unsafe { context.reduce(&reduction, scratch) }
+        });
+        Ok(())
+    }
+
+    /// Turns moments, of this batch or of several shards merged, into the statistics to normalize with.
+    ///
+    /// # Errors
+    /// [`Error::Length`]; [`Error::EmptyBatch`] if the moments count no values; [`Error::Count`] if channels
+    /// counted different numbers.
+    pub fn finish(&self, moments: &[Moments], saved: &mut Saved<E::Param>) -> Result<()> {
+        self.check_channels("moments", Some(moments))?;
+        check_len("saved", self.shape.channels(), saved.channels())?;
+        let expected = moments[0].count;
+        if let Some(channel) = moments.iter().position(|m| m.count != expected) {
+            return Err(Error::Count { channel, expected, got: moments[channel].count });
+        }
+        if expected == 0 {
+            return Err(Error::EmptyBatch { batch: self.shape.batch(), spatial: self.shape.spatial() });
+        }
+        let record = saved.recorder(expected);
+        for (c, moments) in moments.iter().enumerate() {
+            // SAFETY: each channel once, on one thread.
+            unsafe { record.set(c, moments, self.eps) };
+        }
+        Ok(())
+    }
+
+    /// The second half of a training forward pass: `y` from the statistics in `saved`. After
+    /// [`BatchNorm::moments`] and [`BatchNorm::finish`] on the same `x`, `y` has the bits that
+    /// [`BatchNorm::forward_train`] gives. An empty shard is a no-op.
+    ///
+    /// # Errors
+    /// [`Error::Length`]; [`Error::MissingStatistics`].
+    pub fn normalize(&self, x: &[E], affine: Affine<'_, E::Param>, saved: &Saved<E::Param>, y: &mut [E]) -> Result<()> {
+        self.check_tensor("x", x)?;
+        self.check_tensor("y", y)?;
+        self.normalize_io(InOut::apart(x, y), affine, saved)
+    }
+
+    /// [`BatchNorm::normalize`] with `y` written over `x`.
+    ///
+    /// # Errors
+    /// As [`BatchNorm::normalize`].
+    pub fn normalize_in_place(&self, x: &mut [E], affine: Affine<'_, E::Param>, saved: &Saved<E::Param>) -> Result<()> {
+        self.check_tensor("x", x)?;
+        self.normalize_io(InOut::in_place(x), affine, saved)
+    }
+
+    fn normalize_io(&self, io: InOut<'_, E>, affine: Affine<'_, E::Param>, saved: &Saved<E::Param>) -> Result<()> {
+        self.check_affine(affine)?;
+        self.check_saved(saved)?;
+        self.apply_forward(io, affine, |c| saved.statistics(c));
+        Ok(())
+    }
+
+    /// The first half of a backward pass: `sum(dy)` and `sum(dy * xhat)` of each channel, which are dbeta and dgamma.
+    /// Shards of a batch are joined by [`GradientSums::merge`]; an empty shard has sums of zero.
+    ///
+    /// # Errors
+    /// [`Error::Length`]; [`Error::MissingStatistics`].
+    pub fn gradient_sums(&self, x: &[E], dy: &[E], saved: &Saved<E::Param>, sums: &mut [GradientSums]) -> Result<()> {
+        self.check_tensor("x", x)?;
+        self.check_tensor("dy", dy)?;
+        self.check_channels("sums", Some(sums))?;
+        self.check_saved(saved)?;
+        if self.shape.is_empty() {
+            sums.fill(GradientSums::default());
+            return Ok(());
+        }
+        let context = self.context();
+        let out = Disjoint::new(sums);
+        // SAFETY: each channel is closed once.
+        let close = |c, sums| unsafe { out.set(c, sums) };
+        let reduction = GradientSumsOf { x: Source::new(x), dy: Source::new(dy), saved, close };
+        self.pool.with(context.need::<2, 0>(), |scratch| {
+            // SAFETY: the tensors have the shape's length, and this call borrows them and the sums.
+            unsafe { context.reduce(&reduction, scratch) }
+        });
+        Ok(())
+    }
+
+    /// The second half of a backward pass: dx from the sums over the whole batch. The number of values behind the
+    /// sums is that of `saved`. With the sums of the same `x` and `dy`, dx has the bits that
+    /// [`BatchNorm::backward`] gives. An empty shard is a no-op.
+    ///
+    /// # Errors
+    /// [`Error::Length`]; [`Error::MissingStatistics`].
+    pub fn input_gradient(
+        &self,
+        x: &[E],
+        dy: &[E],
+        saved: &Saved<E::Param>,
+        gamma: Option<&[E::Param]>,
+        sums: &[GradientSums],
+        dx: &mut [E],
+    ) -> Result<()> {
+        self.check_tensor("dy", dy)?;
+        self.check_tensor("dx", dx)?;
+        self.input_gradient_io(x, InOut::apart(dy, dx), saved, gamma, sums)
+    }
+
+    /// [`BatchNorm::input_gradient`] with dx written over `dy`.
+    ///
+    /// # Errors
+    /// As [`BatchNorm::input_gradient`].
+    pub fn input_gradient_in_place(
+        &self,
+        x: &[E],
+        dy: &mut [E],
+        saved: &Saved<E::Param>,
+        gamma: Option<&[E::Param]>,
+        sums: &[GradientSums],
+    ) -> Result<()> {
+        self.check_tensor("dy", dy)?;
+        self.input_gradient_io(x, InOut::in_place(dy), saved, gamma, sums)
+    }
+
+    fn input_gradient_io(
+        &self,
+        x: &[E],
+        io: InOut<'_, E>,
+        saved: &Saved<E::Param>,
+        gamma: Option<&[E::Param]>,
+        sums: &[GradientSums],
+    ) -> Result<()> {
+        self.check_tensor("x", x)?;
+        self.check_channels("gamma", gamma)?;
+        self.check_channels("sums", Some(sums))?;
+        self.check_saved(saved)?;
+        if self.shape.is_empty() {
+            return Ok(());
+        }
+        let context = self.context();
+        let application = InputGradientTo { x: Source::new(x), io, saved, gamma, count: saved.count };
+        self.pool.with(context.need::<0, 6>(), |scratch| {
+            // SAFETY: the tensors have the shape's length, and this call borrows them.
+            unsafe { context.apply(&application, |c| sums[c], scratch) }
+        });
+        Ok(())
+    }
+}

@@ -1,0 +1,345 @@
+//! The specification: every operation in the plainest loops, in the order of arithmetic that the kernels promise.
+//!
+//! All tiers give the bits of these functions on any number of threads, which is how they are tested; a NaN is a
+//! NaN, its sign and payload are left open. The functions are slow, allocate, and expect slices of the right
+//! lengths: use them to check, not to compute.
+//!
+//! # The order
+//!
+//! A logical vector has [`lanes`] lanes. Sums are taken of two terms per element at once:
+//!
+//! - **A channel in planes** (channels first): the channel is cut into blocks by the shape alone, each of one or
+//!   more contiguous runs. Each run is cut into groups of four vectors, the last one filled up with zero terms.
+//!   A group adds `(v0 + v1) + (v2 + v3)` to the accumulator, lane by lane; after eight groups, and at the end,
+//!   the accumulator is widened, added to sums in f64 and cleared. The lanes of the sums are then added by halves:
+//!   16, 8, 4, 2, 1.
+//! - **Rows of channels** (channels last, and NC): the rows are cut into blocks by the shape alone. Rows shorter than
+//!   128 are joined until their length is a multiple of 16. Four (joined) rows are added per column in the same
+//!   way, and after eight such groups widened in the same way. The columns of one channel are then added in order.
+//!
+//! Blocks are merged from the first to the last. No multiplication and addition are ever fused.
+
+use crate::element::{Element, Real};
+use crate::grid::{Geometry, Planar, Rows, Runs};
+use crate::moments::{GradientSums, Moments, Saved, inv_std, two_sum};
+use crate::plan::Affine;
+use crate::running::Population;
+use crate::shape::Shape;
+
+/// Lanes of a logical vector: 16 of f32, 8 of f64.
+pub const fn lanes<P: Real>() -> usize {
+    64 / size_of::<P>()
+}
+
+/// The channel of the element at `index`.
+fn channel_of(shape: &Shape, index: usize) -> usize {
+    match Geometry::new(shape) {
+        Geometry::Planar(planar) => index / planar.plane % planar.channels,
+        Geometry::Rows(rows) => index % rows.channels,
+    }
+}
+
+/// The terms of one element.
+type Pair<R> = (R, R);
+
+fn plus<R: Real>(a: Pair<R>, b: Pair<R>) -> Pair<R> {
+    (a.0 + b.0, a.1 + b.1)
+}
+
+fn tree<R: Real>(v: [Pair<R>; 4]) -> Pair<R> {
+    plus(plus(v[0], v[1]), plus(v[2], v[3]))
+}
+
+/// An accumulator and the sum in f64 that it is widened to.
+#[derive(Clone, Copy, Default)]
+struct Sum<R> {
+    narrow: Pair<R>,
+    wide: (f64, f64),
+}
+
+impl<R: Real> Sum<R> {
+    fn add(&mut self, group: Pair<R>) {
+        self.narrow = plus(self.narrow, group);
+    }
+
+    fn widen(&mut self) {
+        self.wide.0 += self.narrow.0.to_f64();
+        self.wide.1 += self.narrow.1.to_f64();
+        self.narrow = Pair::default();
+    }
+}
+
+/// The sums of both terms over the runs of a block.
+fn sum_runs<R: Real>(runs: Runs, term: impl Fn(usize) -> Pair<R>) -> (f64, f64) {
+    let lanes = lanes::<R>();
+    let mut sums = vec![Sum::<R>::default(); lanes];
+    let mut groups = 0;
+    for run in 0..runs.count {
+        for group in (0..runs.len).step_by(4 * lanes) {
+            for (lane, sum) in sums.iter_mut().enumerate() {
+                sum.add(tree([0, 1, 2, 3].map(|v| {
+                    let i = group + v * lanes + lane;
+                    if i < runs.len { term(runs.start + run * runs.stride + i) } else { Pair::default() }
+                })));
+            }
+            groups += 1;
+            if groups % 8 == 0 {
+                sums.iter_mut().for_each(Sum::widen);
+            }
+        }
+    }
+    sums.iter_mut().for_each(Sum::widen);
+    let mut wide: Vec<_> = sums.iter().map(|sum| sum.wide).collect();
+    wide.resize(16, (0.0, 0.0));
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            wide[i] = plus(wide[i], wide[i + half]);
+        }
+    }
+    wide[0]
+}
+
+/// The sums of both terms for each channel over a block of rows.
+fn sum_rows<R: Real>(rows: Rows, block: usize, term: impl Fn(usize) -> Pair<R>) -> Vec<(f64, f64)> {
+    let range = rows.block(block);
+    let (start, end, period) = (range.start * rows.channels, range.end * rows.channels, rows.period());
+    let mut sums = vec![Sum::<R>::default(); period];
+    for (g, group) in (start..end).step_by(4 * period).enumerate() {
+        for (column, sum) in sums.iter_mut().enumerate() {
+            sum.add(tree([0, 1, 2, 3].map(|row| {
+                let i = group + row * period + column;
+                if i < end { term(i) } else { Pair::default() }
+            })));
+        }
+        if g % 8 == 7 || group + 4 * period >= end {
+            sums.iter_mut().for_each(Sum::widen);
+        }
+    }
+    let mut joined: Vec<_> = sums[..rows.channels].iter().map(|sum| sum.wide).collect();
+    for c in rows.channels..period {
+        joined[c % rows.channels] = plus(joined[c % rows.channels], sums[c].wide);
+    }
+    joined
+}
+
+/// The sums of one channel over a block of rows, row by row in f64.
+fn sum_column(rows: Rows, block: usize, channel: usize, term: impl Fn(usize) -> Pair<f64>) -> (f64, f64) {
+    rows.block(block).fold((0.0, 0.0), |sum, row| plus(sum, term(row * rows.channels + channel)))
+}
+
+/// The deviation of a value from a shift, and its square.
+fn deviation<R: Real>(x: R, shift: R) -> Pair<R> {
+    (x - shift, (x - shift) * (x - shift))
+}
+
+/// Whether sums of `n` deviations and squares can be trusted: the shift within two standard deviations of the mean,
+/// the squares neither overflowed nor so small that bits were lost.
+fn is_sound(n: f64, (s, q): (f64, f64), tiny: f64) -> bool {
+    let square = s * (s / n);
+    square <= 4.0 * (q - square) && q >= n * tiny && q < f64::INFINITY
+}
+
+/// Mean, residue and m2 from sums around a shift; where they are not sound, from `wide` sums in f64, around the same
+/// shift and then around the mean found.
+fn close_block<R: Real>(n: f64, shift: R, sums: (f64, f64), wide: impl Fn(f64) -> (f64, f64)) -> [f64; 3] {
+    let mut shift = shift.to_f64();
+    let mut sums = sums;
+    if !is_sound(n, sums, R::TINY_SQUARE) {
+        sums = wide(shift);
+        let mean = shift + sums.0 / n;
+        if !is_sound(n, sums, 0.0) && mean.is_finite() {
+            shift = mean;
+            sums = wide(shift);
+        }
+    }
+    let (s, q) = sums;
+    let (mean, residue) = two_sum(shift, s / n);
+    let m2 = q - s * (s / n);
+    [mean, residue, if m2 < 0.0 { 0.0 } else { m2 }]
+}
+
+fn planar_moments<E: Element>(planar: Planar, x: &[E], channel: usize, block: usize) -> [f64; 3] {
+    let runs = planar.block(channel, block);
+    let lanes = lanes::<E::Param>();
+    let first = x[runs.start].to_param();
+    let mut shift = first;
+    if runs.len >= lanes {
+        let mut wide: Vec<f64> = x[runs.start..][..lanes].iter().map(|x| x.to_param().to_f64()).collect();
+        wide.resize(16, 0.0);
+        for half in [8, 4, 2, 1] {
+            (0..half).for_each(|i| wide[i] += wide[i + half]);
+        }
+        let mean = wide[0] * (1.0 / lanes as f64);
+        shift = if mean.is_finite() { E::Param::from_f64(mean) } else { first };
+    }
+    let sums = sum_runs(runs, |i| deviation(x[i].to_param(), shift));
+    close_block(runs.size() as f64, shift, sums, |shift| sum_runs(runs, |i| deviation(x[i].to_param().to_f64(), shift)))
+}
+
+fn row_moments<E: Element>(rows: Rows, x: &[E], block: usize) -> Vec<[f64; 3]> {
+    let range = rows.block(block);
+    let shift = |c: usize| {
+        let x = |row: usize| x[(range.start + row) * rows.channels + c].to_param();
+        if range.len() < 4 {
+            return x(0);
+        }
+        let mean = ((x(0) + x(1)) + (x(2) + x(3))) * E::Param::from_f64(0.25);
+        if mean.to_f64().is_finite() { mean } else { x(0) }
+    };
+    let shifts: Vec<_> = (0..rows.channels).map(shift).collect();
+    let sums = sum_rows(rows, block, |i| deviation(x[i].to_param(), shifts[i % rows.channels]));
+    let close = |(c, sums)| {
+        close_block(range.len() as f64, shifts[c], sums, |shift| {
+            sum_column(rows, block, c, |i| deviation(x[i].to_param().to_f64(), shift))
+        })
+    };
+    sums.into_iter().enumerate().map(close).collect()
+}
+
+/// The moments of each channel, as [`BatchNorm::moments`](crate::BatchNorm::moments).
+pub fn moments<E: Element>(shape: &Shape, x: &[E]) -> Vec<Moments> {
+    let mut total = vec![Moments::default(); shape.channels()];
+    if shape.is_empty() {
+        return total;
+    }
+    let mut add = |c: usize, [mean, residue, m2]: [f64; 3], count: usize| {
+        total[c] = total[c].merge(Moments { count: count as u64, mean, residue, m2 });
+    };
+    match Geometry::new(shape) {
+        Geometry::Planar(planar) => {
+            for c in 0..planar.channels {
+                for b in 0..planar.blocks() {
+                    add(c, planar_moments(planar, x, c, b), planar.block(c, b).size());
+                }
+            }
+        }
+        Geometry::Rows(rows) => {
+            for b in 0..rows.blocks() {
+                for (c, values) in row_moments(rows, x, b).into_iter().enumerate() {
+                    add(c, values, rows.block(b).len());
+                }
+            }
+        }
+    }
+    total
+}
+
+/// Statistics from moments, as [`BatchNorm::finish`](crate::BatchNorm::finish).
+pub fn finish<P: Real>(moments: &[Moments], eps: f64) -> Saved<P> {
+    let mut saved = Saved::new(moments.len());
+    saved.count = moments[0].count;
+    for (c, m) in moments.iter().enumerate() {
+        let mean = P::from_f64(m.mean);
+        saved.mean[c] = mean;
+        saved.residue[c] = P::from_f64((m.mean - mean.to_f64()) + m.residue);
+        saved.var[c] = P::from_f64(m.variance());
+        saved.inv_std[c] = P::from_f64_saturating(m.inv_std(eps));
+    }
+    saved
+}
+
+/// `(x - hi) * scale + shift` for each element.
+fn affine_map<E: Element>(
+    shape: &Shape,
+    x: &[E],
+    affine: Affine<'_, E::Param>,
+    statistics: impl Fn(usize) -> (E::Param, f64, f64),
+) -> Vec<E> {
+    let of_channel = |c: usize| {
+        let (mean, residue, inv_std) = statistics(c);
+        let gamma = affine.gamma.map_or(1.0, |gamma| gamma[c].to_f64());
+        let beta = affine.beta.map_or(0.0, |beta| beta[c].to_f64());
+        let scale = gamma * inv_std;
+        (mean, E::Param::from_f64_saturating(scale), E::Param::from_f64(beta - residue * scale))
+    };
+    let coefficients: Vec<_> = (0..shape.channels()).map(of_channel).collect();
+    let value = |(i, x): (usize, &E)| {
+        let (hi, scale, shift) = coefficients[channel_of(shape, i)];
+        E::from_param((x.to_param() - hi) * scale + shift)
+    };
+    x.iter().enumerate().map(value).collect()
+}
+
+/// `y`, as [`BatchNorm::normalize`](crate::BatchNorm::normalize).
+pub fn normalize<E: Element>(shape: &Shape, x: &[E], affine: Affine<'_, E::Param>, saved: &Saved<E::Param>) -> Vec<E> {
+    affine_map(shape, x, affine, |c| (saved.mean[c], saved.residue[c].to_f64(), saved.inv_std[c].to_f64()))
+}
+
+/// `y`, as [`BatchNorm::forward_infer`](crate::BatchNorm::forward_infer).
+pub fn forward_infer<E: Element>(
+    shape: &Shape,
+    x: &[E],
+    affine: Affine<'_, E::Param>,
+    population: Population<'_, E::Param>,
+    eps: f64,
+) -> Vec<E> {
+    let inv_std = |c: usize| inv_std(population.var[c].to_f64(), eps);
+    affine_map(shape, x, affine, |c| (population.mean[c], 0.0, inv_std(c)))
+}
+
+/// The gradient sums of each channel, as [`BatchNorm::gradient_sums`](crate::BatchNorm::gradient_sums).
+pub fn gradient_sums<E: Element>(shape: &Shape, x: &[E], dy: &[E], saved: &Saved<E::Param>) -> Vec<GradientSums> {
+    let mut total: Vec<Option<(f64, f64)>> = vec![None; shape.channels()];
+    let mut add = |c: usize, sums| total[c] = Some(total[c].map_or(sums, |total| plus(total, sums)));
+    let narrow = |i: usize| {
+        let c = channel_of(shape, i);
+        let dy = dy[i].to_param();
+        (dy, dy * ((x[i].to_param() - saved.mean[c]) * saved.inv_std[c]))
+    };
+    let wide = |i: usize| {
+        let c = channel_of(shape, i);
+        let dy = dy[i].to_param().to_f64();
+        (dy, dy * ((x[i].to_param().to_f64() - saved.mean[c].to_f64()) * saved.inv_std[c].to_f64()))
+    };
+    let is_sound = |sums: (f64, f64)| sums.0.is_finite() && sums.1.is_finite();
+    match Geometry::new(shape) {
+        _ if shape.is_empty() => (),
+        Geometry::Planar(planar) => {
+            for c in 0..planar.channels {
+                for b in 0..planar.blocks() {
+                    let runs = planar.block(c, b);
+                    let sums = sum_runs(runs, narrow);
+                    add(c, if is_sound(sums) { sums } else { sum_runs(runs, wide) });
+                }
+            }
+        }
+        Geometry::Rows(rows) => {
+            for b in 0..rows.blocks() {
+                for (c, sums) in sum_rows(rows, b, narrow).into_iter().enumerate() {
+                    add(c, if is_sound(sums) { sums } else { sum_column(rows, b, c, wide) });
+                }
+            }
+        }
+    }
+    let close = |(c, total): (usize, Option<(f64, f64)>)| {
+        let (dy, dy_h) = total.unwrap_or_default();
+        let lacking = saved.residue[c].to_f64() * saved.inv_std[c].to_f64();
+        GradientSums { dy, dy_xhat: dy_h - lacking * dy }
+    };
+    total.into_iter().enumerate().map(close).collect()
+}
+
+/// dx, as [`BatchNorm::input_gradient`](crate::BatchNorm::input_gradient).
+pub fn input_gradient<E: Element>(
+    shape: &Shape,
+    x: &[E],
+    dy: &[E],
+    saved: &Saved<E::Param>,
+    gamma: Option<&[E::Param]>,
+    sums: &[GradientSums],
+) -> Vec<E> {
+    let count = saved.count as f64;
+    let value = |i: usize| {
+        let c = channel_of(shape, i);
+        let inv_std = saved.inv_std[c].to_f64();
+        let scale = gamma.map_or(1.0, |gamma| gamma[c].to_f64()) * inv_std;
+        let slope = -scale * (sums[c].dy_xhat / count);
+        let dy_mean = sums[c].dy / count;
+        let rounded = E::Param::from_f64(dy_mean);
+        let shift = -(dy_mean - rounded.to_f64()) * scale - saved.residue[c].to_f64() * inv_std * slope;
+        let centred = (dy[i].to_param() - rounded) * E::Param::from_f64_saturating(scale) + E::Param::from_f64(shift);
+        let xhat = (x[i].to_param() - saved.mean[c]) * saved.inv_std[c];
+        E::from_param(centred + xhat * E::Param::from_f64(slope))
+    };
+    (0..x.len()).map(value).collect()
+}

@@ -1,0 +1,144 @@
+//! Running statistics, with the conventions that differ between frameworks as types.
+
+use crate::element::Real;
+use crate::error::{Error, Result, check_len};
+use crate::moments::Saved;
+
+/// How much a new batch moves the running statistics. `running = keep * running + take * batch`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Momentum {
+    /// The weight of the new value, `take = w`, `keep = 1 - w`: PyTorch's `momentum`, 0.1 by default there.
+    WeightOfNew(f64),
+    /// The weight of the old value, `keep = w`, `take = 1 - w`: `momentum` in Keras (0.99), ONNX (0.9) and the
+    /// paper's moving averages.
+    WeightOfOld(f64),
+    /// The plain average of all batches so far, `take = 1/k` for the k-th batch: PyTorch's `momentum=None`.
+    Cumulative,
+}
+
+/// Which variance of a batch enters the running variance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Variance {
+    /// `m2 / count`: ONNX, Keras, burn.
+    Biased,
+    /// `m2 / (count - 1)`: the paper (algorithm 2), PyTorch, candle, TensorFlow's fused operation.
+    Unbiased,
+}
+
+/// Mean and variance of each channel to normalize with at inference: `mean` and `var` of `C` values each.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Population<'a, P> {
+    /// The mean of each channel.
+    pub mean: &'a [P],
+    /// The variance of each channel.
+    pub var: &'a [P],
+}
+
+/// Running mean and variance of each channel, updated from batch to batch.
+///
+/// The conventions have no default, because no two frameworks agree on them:
+///
+/// ```
+/// use batchnorm::{Momentum, Running, Variance};
+/// let pytorch = Running::<f32>::new(64, Momentum::WeightOfNew(0.1), Variance::Unbiased)?;
+/// let keras = Running::<f32>::new(64, Momentum::WeightOfOld(0.99), Variance::Biased)?;
+/// # Ok::<(), batchnorm::Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq)]
+pub struct Running<P> {
+    mean: Vec<P>,
+    var: Vec<P>,
+    batches: u64,
+    momentum: Momentum,
+    variance: Variance,
+}
+
+impl<P: Real> Running<P> {
+    /// Running statistics of `channels` channels that start at mean 0 and variance 1.
+    ///
+    /// # Errors
+    /// [`Error::ZeroChannels`]; [`Error::Momentum`] for a weight outside 0 to 1.
+    pub fn new(channels: usize, momentum: Momentum, variance: Variance) -> Result<Self> {
+        let (mean, var) = (vec![P::default(); channels], vec![P::from_f64(1.0); channels]);
+        Self::from_parts(mean, var, 0, momentum, variance)
+    }
+
+    /// Running statistics that continue from `mean` and `var` after `batches` batches, as read from a checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::ZeroChannels`]; [`Error::Length`] if `var` is not as long as `mean`; [`Error::Variance`];
+    /// [`Error::Momentum`].
+    pub fn from_parts(mean: Vec<P>, var: Vec<P>, batches: u64, momentum: Momentum, variance: Variance) -> Result<Self> {
+        if mean.is_empty() {
+            return Err(Error::ZeroChannels);
+        }
+        check_len("var", mean.len(), var.len())?;
+        check_variances(&var)?;
+        match momentum {
+            Momentum::WeightOfNew(w) | Momentum::WeightOfOld(w) if !(0.0..=1.0).contains(&w) => {
+                Err(Error::Momentum { got: w })
+            }
+            _ => Ok(Self { mean, var, batches, momentum, variance }),
+        }
+    }
+
+    /// Moves the running statistics towards those of a batch. Computed in f64, rounded once.
+    ///
+    /// # Errors
+    /// [`Error::MissingStatistics`] if no batch filled `saved`; [`Error::Length`] for another number of channels;
+    /// [`Error::UnbiasedFromOne`] for the unbiased variance of one value. The statistics are unchanged then.
+    pub fn update(&mut self, saved: &Saved<P>) -> Result<()> {
+        check_len("saved", self.mean.len(), saved.channels())?;
+        let count = saved.count();
+        let correction = match self.variance {
+            _ if count == 0 => return Err(Error::MissingStatistics),
+            Variance::Biased => 1.0,
+            Variance::Unbiased if count == 1 => return Err(Error::UnbiasedFromOne { count }),
+            Variance::Unbiased => count as f64 / (count - 1) as f64,
+        };
+        self.batches += 1;
+        let (keep, take) = match self.momentum {
+            Momentum::WeightOfNew(w) => (1.0 - w, w),
+            Momentum::WeightOfOld(w) => (w, 1.0 - w),
+            Momentum::Cumulative => {
+                let take = 1.0 / self.batches as f64;
+                (1.0 - take, take)
+            }
+        };
+        // A weight of zero leaves a value out altogether, even an infinite one.
+        let term = |weight: f64, value: f64| if weight == 0.0 { 0.0 } else { weight * value };
+        for (c, (mean, var)) in self.mean.iter_mut().zip(&mut self.var).enumerate() {
+            *mean = P::from_f64(term(keep, mean.to_f64()) + term(take, saved.mean[c].to_f64()));
+            *var = P::from_f64(term(keep, var.to_f64()) + term(take, saved.var[c].to_f64() * correction));
+        }
+        Ok(())
+    }
+
+    /// The running mean of each channel.
+    pub fn mean(&self) -> &[P] {
+        &self.mean
+    }
+
+    /// The running variance of each channel.
+    pub fn var(&self) -> &[P] {
+        &self.var
+    }
+
+    /// The number of batches seen.
+    pub fn batches(&self) -> u64 {
+        self.batches
+    }
+
+    /// The statistics for [`forward_infer`](crate::BatchNorm::forward_infer).
+    pub fn population(&self) -> Population<'_, P> {
+        Population { mean: &self.mean, var: &self.var }
+    }
+}
+
+/// Refuses a variance that is negative or NaN.
+pub(crate) fn check_variances<P: Real>(var: &[P]) -> Result<()> {
+    match var.iter().position(|v| !(v.to_f64() >= 0.0)) {
+        Some(channel) => Err(Error::Variance { channel, got: var[channel].to_f64() }),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,281 @@
+//! The SIMD tiers behind one small trait. Kernels are written once over [`Isa`] and [`Vector`].
+//!
+//! Every tier computes on the same logical vectors, 16 lanes of f32 or 8 of f64, and rounds each addition and
+//! multiplication by itself, so that all tiers give the same bits.
+//!
+//! A value of a tier's type exists only where its CPU features were detected, and a value of its vectors only
+//! where that type was at hand: that is what makes the arithmetic on vectors safe to call. The functions are
+//! `#[inline(always)]` because code keeps a tier's features only when inlined into the tier's trampoline in
+//! [`dispatch`](dispatch::dispatch).
+
+pub(crate) mod dispatch;
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+
+use crate::element::{Element, Real as _};
+
+pub use dispatch::Tier;
+pub(crate) use dispatch::{Dispatched, Kernel, dispatch};
+
+/// Lanes of the widest logical vector (f32); buffers for one vector are this long.
+pub(crate) const MAX_LANES: usize = 16;
+
+/// A set of instructions: the vectors it computes on and its conversions of half-width floats.
+pub trait Isa: Copy + Send + Sync {
+    /// The tier's name.
+    const TIER: Tier;
+    /// 16 lanes of f32.
+    type F32: Vector<Self, Scalar = f32>;
+    /// 8 lanes of f64.
+    type F64: Vector<Self, Scalar = f64>;
+
+    /// Loads 16 bf16 values given by their bits.
+    ///
+    /// # Safety
+    /// 16 values can be read from `from`; no alignment is asked for.
+    #[cfg(feature = "half")]
+    unsafe fn load_bf16(self, from: *const u16) -> Self::F32;
+    /// Rounds to bf16, nearest even, and stores the bits.
+    ///
+    /// # Safety
+    /// 16 values can be written to `to`; no alignment is asked for.
+    #[cfg(feature = "half")]
+    unsafe fn store_bf16(self, value: Self::F32, to: *mut u16);
+    /// Loads 16 f16 values given by their bits.
+    ///
+    /// # Safety
+    /// 16 values can be read from `from`; no alignment is asked for.
+    #[cfg(feature = "half")]
+    unsafe fn load_f16(self, from: *const u16) -> Self::F32;
+    /// Rounds to f16, nearest even, and stores the bits.
+    ///
+    /// # Safety
+    /// 16 values can be written to `to`; no alignment is asked for.
+    #[cfg(feature = "half")]
+    unsafe fn store_f16(self, value: Self::F32, to: *mut u16);
+}
+
+/// A logical vector. Memory operations ask for no alignment.
+pub trait Vector<I: Isa>: Copy {
+    /// The type of one lane.
+    type Scalar: Copy + Default;
+    /// The number of lanes.
+    const LANES: usize;
+
+    /// `value` in every lane.
+    fn splat(isa: I, value: Self::Scalar) -> Self;
+    /// Loads all lanes.
+    ///
+    /// # Safety
+    /// `LANES` values can be read from `from`.
+    unsafe fn load(isa: I, from: *const Self::Scalar) -> Self;
+    /// Loads the first `n < LANES` lanes; the others come from `fill`.
+    ///
+    /// # Safety
+    /// `n` values can be read from `from`; nothing beyond them is touched.
+    unsafe fn load_first(isa: I, from: *const Self::Scalar, n: usize, fill: Self) -> Self;
+    /// Stores all lanes.
+    ///
+    /// # Safety
+    /// `LANES` values can be written to `to`.
+    unsafe fn store(self, to: *mut Self::Scalar);
+    /// Stores the first `n < LANES` lanes.
+    ///
+    /// # Safety
+    /// `n` values can be written to `to`; nothing beyond them is touched.
+    unsafe fn store_first(self, to: *mut Self::Scalar, n: usize);
+    /// Lane-wise sum.
+    fn add(self, other: Self) -> Self;
+    /// Lane-wise difference.
+    fn sub(self, other: Self) -> Self;
+    /// Lane-wise product.
+    fn mul(self, other: Self) -> Self;
+    /// Adds each lane, widened to f64, to the f64 of its index at `sums`.
+    ///
+    /// # Safety
+    /// `LANES` values can be read from and written to `sums`.
+    unsafe fn add_widened(self, sums: *mut f64);
+}
+
+/// A scalar type that has vectors.
+pub trait Lanes: Copy + Default {
+    /// Its logical vector on a tier.
+    type Vector<I: Isa>: Vector<I, Scalar = Self>;
+}
+
+impl Lanes for f32 {
+    type Vector<I: Isa> = I::F32;
+}
+
+impl Lanes for f64 {
+    type Vector<I: Isa> = I::F64;
+}
+
+/// How an element type goes through memory.
+pub trait Storage: Sized {
+    /// The type it is computed in.
+    type Compute: Lanes;
+
+    /// Loads one vector.
+    ///
+    /// # Safety
+    /// As [`Vector::load`].
+    unsafe fn load<I: Isa>(isa: I, from: *const Self) -> Compute<I, Self>;
+    /// Loads the first `n` lanes, the others from `fill`.
+    ///
+    /// # Safety
+    /// As [`Vector::load_first`].
+    unsafe fn load_first<I: Isa>(isa: I, from: *const Self, n: usize, fill: Compute<I, Self>) -> Compute<I, Self>;
+    /// Rounds and stores one vector.
+    ///
+    /// # Safety
+    /// As [`Vector::store`].
+    unsafe fn store<I: Isa>(isa: I, value: Compute<I, Self>, to: *mut Self);
+    /// Rounds and stores the first `n` lanes.
+    ///
+    /// # Safety
+    /// As [`Vector::store_first`].
+    unsafe fn store_first<I: Isa>(isa: I, value: Compute<I, Self>, to: *mut Self, n: usize);
+}
+
+/// The vector that elements of type `E` are computed in.
+pub(crate) type Compute<I, E> = <<E as Storage>::Compute as Lanes>::Vector<I>;
+
+macro_rules! plain_storage {
+    ($($t:ty),*) => {$(
+        impl Storage for $t {
+            type Compute = $t;
+            #[inline(always)]
+            unsafe fn load<I: Isa>(isa: I, from: *const $t) -> Compute<I, $t> {
+                // SAFETY: the caller's promise is the callee's.
+                unsafe { Compute::<I, $t>::load(isa, from) }
+            }
+            #[inline(always)]
+            unsafe fn load_first<I: Isa>(isa: I, from: *const $t, n: usize, fill: Compute<I, $t>) -> Compute<I, $t> {
+                // SAFETY: the caller's promise is the callee's.
+                unsafe { Compute::<I, $t>::load_first(isa, from, n, fill) }
+            }
+            #[inline(always)]
+            unsafe fn store<I: Isa>(_: I, value: Compute<I, $t>, to: *mut $t) {
+                // SAFETY: the caller's promise is the callee's.
+                unsafe { value.store(to) }
+            }
+            #[inline(always)]
+            unsafe fn store_first<I: Isa>(_: I, value: Compute<I, $t>, to: *mut $t, n: usize) {
+                // SAFETY: the caller's promise is the callee's.
+                unsafe { value.store_first(to, n) }
+            }
+        }
+    )*};
+}
+
+plain_storage!(f32, f64);
+
+#[cfg(feature = "half")]
+macro_rules! half_storage {
+    ($($t:ty: $load:ident $store:ident),*) => {$(
+        impl Storage for $t {
+            type Compute = f32;
+            #[inline(always)]
+            unsafe fn load<I: Isa>(isa: I, from: *const $t) -> I::F32 {
+                // SAFETY: the caller's promise is the callee's; the type is a transparent u16.
+                unsafe { isa.$load(from.cast()) }
+            }
+            #[inline(always)]
+            unsafe fn load_first<I: Isa>(isa: I, from: *const $t, n: usize, fill: I::F32) -> I::F32 {
+                let mut bits = [0u16; MAX_LANES];
+                let mut lanes = [0f32; MAX_LANES];
+                // SAFETY: n < LANES values are read and land in buffers of LANES.
+                unsafe {
+                    core::ptr::copy_nonoverlapping(from.cast::<u16>(), bits.as_mut_ptr(), n);
+                    isa.$load(bits.as_ptr()).store(lanes.as_mut_ptr());
+                    I::F32::load_first(isa, lanes.as_ptr(), n, fill)
+                }
+            }
+            #[inline(always)]
+            unsafe fn store<I: Isa>(isa: I, value: I::F32, to: *mut $t) {
+                // SAFETY: the caller's promise is the callee's; the type is a transparent u16.
+                unsafe { isa.$store(value, to.cast()) }
+            }
+            #[inline(always)]
+            unsafe fn store_first<I: Isa>(isa: I, value: I::F32, to: *mut $t, n: usize) {
+                let mut bits = [0u16; MAX_LANES];
+                // SAFETY: a whole vector lands in a buffer of LANES, n < LANES of it are written on.
+                unsafe {
+                    isa.$store(value, bits.as_mut_ptr());
+                    core::ptr::copy_nonoverlapping(bits.as_ptr(), to.cast::<u16>(), n);
+                }
+            }
+        }
+    )*};
+}
+
+#[cfg(feature = "half")]
+half_storage!(half::bf16: load_bf16 store_bf16, half::f16: load_f16 store_f16);
+
+/// A way to load elements as vectors: in the type they are computed in, or in f64.
+pub(crate) trait Load<I: Isa> {
+    /// The element type.
+    type Element: Element;
+    /// The vector that it becomes.
+    type Vector: Vector<I>;
+    /// Loads one vector.
+    ///
+    /// # Safety
+    /// As [`Vector::load`].
+    unsafe fn load(isa: I, from: *const Self::Element) -> Self::Vector;
+    /// Loads the first `n` lanes, the others from `fill`.
+    ///
+    /// # Safety
+    /// As [`Vector::load_first`].
+    unsafe fn load_first(isa: I, from: *const Self::Element, n: usize, fill: Self::Vector) -> Self::Vector;
+}
+
+/// Loads in the type that the elements are computed in.
+pub(crate) struct Native<E>(core::marker::PhantomData<E>);
+
+impl<I: Isa, E: Element> Load<I> for Native<E> {
+    type Element = E;
+    type Vector = Compute<I, E>;
+    #[inline(always)]
+    unsafe fn load(isa: I, from: *const E) -> Self::Vector {
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { E::load(isa, from) }
+    }
+    #[inline(always)]
+    unsafe fn load_first(isa: I, from: *const E, n: usize, fill: Self::Vector) -> Self::Vector {
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { E::load_first(isa, from, n, fill) }
+    }
+}
+
+/// Loads as f64, for data that f32 sums do not carry. Rare, so it goes lane by lane.
+pub(crate) struct Widened<E>(core::marker::PhantomData<E>);
+
+impl<I: Isa, E: Element> Load<I> for Widened<E> {
+    type Element = E;
+    type Vector = I::F64;
+    #[inline(always)]
+    unsafe fn load(isa: I, from: *const E) -> I::F64 {
+        let mut lanes = [0f64; MAX_LANES];
+        // SAFETY: LANES values are read, as the caller promises, into a longer buffer.
+        unsafe {
+            for (i, lane) in lanes.iter_mut().enumerate().take(I::F64::LANES) {
+                *lane = from.add(i).read().to_param().to_f64();
+            }
+            I::F64::load(isa, lanes.as_ptr())
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_first(isa: I, from: *const E, n: usize, fill: I::F64) -> I::F64 {
+        let mut lanes = [0f64; MAX_LANES];
+        // SAFETY: n < LANES values are read, as the caller promises, into a longer buffer.
+        unsafe {
+            for (i, lane) in lanes.iter_mut().enumerate().take(n) {
+                *lane = from.add(i).read().to_param().to_f64();
+            }
+            I::F64::load_first(isa, lanes.as_ptr(), n, fill)
+        }
+    }
+}

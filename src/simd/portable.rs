@@ -1,0 +1,107 @@
+//! The tier for every target: vectors of the crate `wide`, which compile to what the build's baseline has.
+
+use wide::{f32x16, f64x8};
+
+use super::{Isa, Tier, Vector};
+
+/// The portable tier; any CPU that runs the build has it.
+#[derive(Debug, Clone, Copy)]
+pub struct Portable;
+
+impl Isa for Portable {
+    const TIER: Tier = Tier::Portable;
+    type F32 = f32x16;
+    type F64 = f64x8;
+
+    #[cfg(feature = "half")]
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const u16) -> f32x16 {
+        // SAFETY: 16 values can be read, as the caller promises.
+        let bits = unsafe { from.cast::<[u16; 16]>().read_unaligned() };
+        f32x16::new(bits.map(|b| f32::from_bits(u32::from(b) << 16)))
+    }
+    #[cfg(feature = "half")]
+    #[inline(always)]
+    unsafe fn store_bf16(self, value: f32x16, to: *mut u16) {
+        let bits = value.to_array().map(|v| half::bf16::from_f32(v).to_bits());
+        // SAFETY: 16 values can be written, as the caller promises.
+        unsafe { to.cast::<[u16; 16]>().write_unaligned(bits) }
+    }
+    #[cfg(feature = "half")]
+    #[inline(always)]
+    unsafe fn load_f16(self, from: *const u16) -> f32x16 {
+        use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+        // SAFETY: 16 values can be read, as the caller promises.
+        let bits = unsafe { from.cast::<[u16; 16]>().read_unaligned() };
+        let mut lanes = [0f32; 16];
+        bits.reinterpret_cast::<half::f16>().convert_to_f32_slice(&mut lanes);
+        f32x16::new(lanes)
+    }
+    #[cfg(feature = "half")]
+    #[inline(always)]
+    unsafe fn store_f16(self, value: f32x16, to: *mut u16) {
+        use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+        let mut bits = [0u16; 16];
+        bits.reinterpret_cast_mut::<half::f16>().convert_from_f32_slice(&value.to_array());
+        // SAFETY: 16 values can be written, as the caller promises.
+        unsafe { to.cast::<[u16; 16]>().write_unaligned(bits) }
+    }
+}
+
+macro_rules! wide_vector {
+    ($vector:ty, $scalar:ty, $lanes:literal) => {
+        impl Vector<Portable> for $vector {
+            type Scalar = $scalar;
+            const LANES: usize = $lanes;
+
+            #[inline(always)]
+            fn splat(_: Portable, value: $scalar) -> Self {
+                Self::splat(value)
+            }
+            #[inline(always)]
+            unsafe fn load(_: Portable, from: *const $scalar) -> Self {
+                // SAFETY: LANES values can be read, as the caller promises.
+                Self::new(unsafe { from.cast::<[$scalar; $lanes]>().read_unaligned() })
+            }
+            #[inline(always)]
+            unsafe fn load_first(_: Portable, from: *const $scalar, n: usize, fill: Self) -> Self {
+                let mut lanes = fill.to_array();
+                // SAFETY: n < LANES values can be read, as the caller promises.
+                unsafe { core::ptr::copy_nonoverlapping(from, lanes.as_mut_ptr(), n) };
+                Self::new(lanes)
+            }
+            #[inline(always)]
+            unsafe fn store(self, to: *mut $scalar) {
+                // SAFETY: LANES values can be written, as the caller promises.
+                unsafe { to.cast::<[$scalar; $lanes]>().write_unaligned(self.to_array()) }
+            }
+            #[inline(always)]
+            unsafe fn store_first(self, to: *mut $scalar, n: usize) {
+                // SAFETY: n < LANES values can be written, as the caller promises.
+                unsafe { core::ptr::copy_nonoverlapping(self.to_array().as_ptr(), to, n) }
+            }
+            #[inline(always)]
+            fn add(self, other: Self) -> Self {
+                self + other
+            }
+            #[inline(always)]
+            fn sub(self, other: Self) -> Self {
+                self - other
+            }
+            #[inline(always)]
+            fn mul(self, other: Self) -> Self {
+                self * other
+            }
+            #[inline(always)]
+            unsafe fn add_widened(self, sums: *mut f64) {
+                for (i, lane) in self.to_array().into_iter().enumerate() {
+                    // SAFETY: i < LANES, and LANES values are at `sums`, as the caller promises.
+                    unsafe { *sums.add(i) += f64::from(lane) };
+                }
+            }
+        }
+    };
+}
+
+wide_vector!(f32x16, f32, 16);
+wide_vector!(f64x8, f64, 8);

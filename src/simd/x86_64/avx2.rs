@@ -1,0 +1,238 @@
+//! AVX2 and F16C: a logical vector is two ymm registers.
+
+use core::arch::x86_64::*;
+
+use crate::simd::{Isa, Tier, Vector};
+
+/// Proof that the CPU has AVX2 and F16C.
+#[derive(Debug, Clone, Copy)]
+pub struct Avx2(());
+
+impl Avx2 {
+    pub(crate) fn detect() -> Option<Self> {
+        (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c")).then_some(Self(()))
+    }
+}
+
+/// 16 lanes of f32.
+#[derive(Debug, Clone, Copy)]
+pub struct F32([__m256; 2]);
+
+/// 8 lanes of f64.
+#[derive(Debug, Clone, Copy)]
+pub struct F64([__m256d; 2]);
+
+impl Isa for Avx2 {
+    const TIER: Tier = Tier::Avx2;
+    type F32 = F32;
+    type F64 = F64;
+
+    #[cfg(feature = "half")]
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const u16) -> F32 {
+        // SAFETY: `self` proves AVX2; 16 values can be read, as the caller promises.
+        unsafe {
+            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(8).cast()));
+            F32([_mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high))])
+        }
+    }
+    #[cfg(feature = "half")]
+    #[inline(always)]
+    unsafe fn store_bf16(self, value: F32, to: *mut u16) {
+        // SAFETY: `self` proves AVX2; 16 values can be written, as the caller promises.
+        unsafe {
+            // Packing works within each half of the registers; the permutation puts the quarters in order.
+            let packed = _mm256_packus_epi32(bf16_bits(self, value.0[0]), bf16_bits(self, value.0[1]));
+            _mm256_storeu_si256(to.cast(), _mm256_permute4x64_epi64::<0b11_01_10_00>(packed));
+        }
+    }
+    #[cfg(feature = "half")]
+    #[inline(always)]
+    unsafe fn load_f16(self, from: *const u16) -> F32 {
+        // SAFETY: `self` proves F16C; 16 values can be read, as the caller promises.
+        unsafe {
+            F32([_mm256_cvtph_ps(_mm_loadu_si128(from.cast())), _mm256_cvtph_ps(_mm_loadu_si128(from.add(8).cast()))])
+        }
+    }
+    #[cfg(feature = "half")]
+    #[inline(always)]
+    unsafe fn store_f16(self, value: F32, to: *mut u16) {
+        // SAFETY: `self` proves F16C; 16 values can be written, as the caller promises.
+        unsafe {
+            _mm_storeu_si128(to.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value.0[0]));
+            _mm_storeu_si128(to.add(8).cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value.0[1]));
+        }
+    }
+}
+
+/// The bits of each lane as bf16, rounded to nearest even, a NaN kept as one; in the low half of each lane.
+#[cfg(feature = "half")]
+#[inline(always)]
+fn bf16_bits(_: Avx2, v: __m256) -> __m256i {
+    // SAFETY: the argument proves AVX2.
+    unsafe {
+        let bits = _mm256_castps_si256(v);
+        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+        let even = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+        let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
+        let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
+        _mm256_srli_epi32::<16>(_mm256_blendv_epi8(even, quiet, is_nan))
+    }
+}
+
+/// Lane masks, all ones where `lane < n`, for each of the two registers.
+#[inline(always)]
+fn first_f32(_: Avx2, n: usize) -> [__m256i; 2] {
+    // SAFETY: the argument proves AVX2.
+    unsafe {
+        let n = _mm256_set1_epi32(n as i32);
+        let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        [_mm256_cmpgt_epi32(n, lanes), _mm256_cmpgt_epi32(n, _mm256_add_epi32(lanes, _mm256_set1_epi32(8)))]
+    }
+}
+
+/// Lane masks, all ones where `lane < n`, for each of the two registers.
+#[inline(always)]
+fn first_f64(_: Avx2, n: usize) -> [__m256i; 2] {
+    // SAFETY: the argument proves AVX2.
+    unsafe {
+        let n = _mm256_set1_epi64x(n as i64);
+        let lanes = _mm256_setr_epi64x(0, 1, 2, 3);
+        [_mm256_cmpgt_epi64(n, lanes), _mm256_cmpgt_epi64(n, _mm256_add_epi64(lanes, _mm256_set1_epi64x(4)))]
+    }
+}
+
+impl Vector<Avx2> for F32 {
+    type Scalar = f32;
+    const LANES: usize = 16;
+
+    #[inline(always)]
+    fn splat(_: Avx2, value: f32) -> Self {
+        // SAFETY: the argument proves AVX2.
+        unsafe { Self([_mm256_set1_ps(value); 2]) }
+    }
+    #[inline(always)]
+    unsafe fn load(_: Avx2, from: *const f32) -> Self {
+        // SAFETY: the argument proves AVX2; 16 values can be read, as the caller promises.
+        unsafe { Self([_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))]) }
+    }
+    #[inline(always)]
+    unsafe fn load_first(isa: Avx2, from: *const f32, n: usize, fill: Self) -> Self {
+        let [a, b] = first_f32(isa, n);
+        // SAFETY: `isa` proves AVX2; masked lanes are not touched, the others can be read, as the caller promises.
+        unsafe {
+            Self([
+                _mm256_blendv_ps(fill.0[0], _mm256_maskload_ps(from, a), _mm256_castsi256_ps(a)),
+                _mm256_blendv_ps(fill.0[1], _mm256_maskload_ps(from.wrapping_add(8), b), _mm256_castsi256_ps(b)),
+            ])
+        }
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: `self` proves AVX2; 16 values can be written, as the caller promises.
+        unsafe {
+            _mm256_storeu_ps(to, self.0[0]);
+            _mm256_storeu_ps(to.add(8), self.0[1]);
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_first(self, to: *mut f32, n: usize) {
+        let [a, b] = first_f32(Avx2(()), n);
+        // SAFETY: `self` proves AVX2; masked lanes are not touched, the others can be written, as the caller promises.
+        unsafe {
+            _mm256_maskstore_ps(to, a, self.0[0]);
+            _mm256_maskstore_ps(to.wrapping_add(8), b, self.0[1]);
+        }
+    }
+    #[inline(always)]
+    fn add(self, o: Self) -> Self {
+        // SAFETY: `self` proves AVX2.
+        unsafe { Self([_mm256_add_ps(self.0[0], o.0[0]), _mm256_add_ps(self.0[1], o.0[1])]) }
+    }
+    #[inline(always)]
+    fn sub(self, o: Self) -> Self {
+        // SAFETY: `self` proves AVX2.
+        unsafe { Self([_mm256_sub_ps(self.0[0], o.0[0]), _mm256_sub_ps(self.0[1], o.0[1])]) }
+    }
+    #[inline(always)]
+    fn mul(self, o: Self) -> Self {
+        // SAFETY: `self` proves AVX2.
+        unsafe { Self([_mm256_mul_ps(self.0[0], o.0[0]), _mm256_mul_ps(self.0[1], o.0[1])]) }
+    }
+    #[inline(always)]
+    unsafe fn add_widened(self, sums: *mut f64) {
+        // SAFETY: `self` proves AVX2; 16 sums are at `sums`, as the caller promises.
+        unsafe {
+            for (i, v) in self.0.into_iter().enumerate() {
+                let low = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
+                let high = _mm256_cvtps_pd(_mm256_extractf128_ps::<1>(v));
+                F64([low, high]).add_widened(sums.add(8 * i));
+            }
+        }
+    }
+}
+
+impl Vector<Avx2> for F64 {
+    type Scalar = f64;
+    const LANES: usize = 8;
+
+    #[inline(always)]
+    fn splat(_: Avx2, value: f64) -> Self {
+        // SAFETY: the argument proves AVX2.
+        unsafe { Self([_mm256_set1_pd(value); 2]) }
+    }
+    #[inline(always)]
+    unsafe fn load(_: Avx2, from: *const f64) -> Self {
+        // SAFETY: the argument proves AVX2; 8 values can be read, as the caller promises.
+        unsafe { Self([_mm256_loadu_pd(from), _mm256_loadu_pd(from.add(4))]) }
+    }
+    #[inline(always)]
+    unsafe fn load_first(isa: Avx2, from: *const f64, n: usize, fill: Self) -> Self {
+        let [a, b] = first_f64(isa, n);
+        // SAFETY: `isa` proves AVX2; masked lanes are not touched, the others can be read, as the caller promises.
+        unsafe {
+            Self([
+                _mm256_blendv_pd(fill.0[0], _mm256_maskload_pd(from, a), _mm256_castsi256_pd(a)),
+                _mm256_blendv_pd(fill.0[1], _mm256_maskload_pd(from.wrapping_add(4), b), _mm256_castsi256_pd(b)),
+            ])
+        }
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f64) {
+        // SAFETY: `self` proves AVX2; 8 values can be written, as the caller promises.
+        unsafe {
+            _mm256_storeu_pd(to, self.0[0]);
+            _mm256_storeu_pd(to.add(4), self.0[1]);
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_first(self, to: *mut f64, n: usize) {
+        let [a, b] = first_f64(Avx2(()), n);
+        // SAFETY: `self` proves AVX2; masked lanes are not touched, the others can be written, as the caller promises.
+        unsafe {
+            _mm256_maskstore_pd(to, a, self.0[0]);
+            _mm256_maskstore_pd(to.wrapping_add(4), b, self.0[1]);
+        }
+    }
+    #[inline(always)]
+    fn add(self, o: Self) -> Self {
+        // SAFETY: `self` proves AVX2.
+        unsafe { Self([_mm256_add_pd(self.0[0], o.0[0]), _mm256_add_pd(self.0[1], o.0[1])]) }
+    }
+    #[inline(always)]
+    fn sub(self, o: Self) -> Self {
+        // SAFETY: `self` proves AVX2.
+        unsafe { Self([_mm256_sub_pd(self.0[0], o.0[0]), _mm256_sub_pd(self.0[1], o.0[1])]) }
+    }
+    #[inline(always)]
+    fn mul(self, o: Self) -> Self {
+        // SAFETY: `self` proves AVX2.
+        unsafe { Self([_mm256_mul_pd(self.0[0], o.0[0]), _mm256_mul_pd(self.0[1], o.0[1])]) }
+    }
+    #[inline(always)]
+    unsafe fn add_widened(self, sums: *mut f64) {
+        // SAFETY: `self` proves AVX2; 8 sums are at `sums`, as the caller promises.
+        unsafe { self.add(Self::load(Avx2(()), sums)).store(sums) }
+    }
+}

@@ -1,0 +1,179 @@
+//! AVX-512: a logical vector is one zmm register.
+
+use core::arch::x86_64::*;
+
+use crate::simd::{Isa, Tier, Vector};
+
+/// Proof that the CPU has AVX-512 F, BW, DQ and VL.
+#[derive(Debug, Clone, Copy)]
+pub struct Avx512(());
+
+impl Avx512 {
+    pub(crate) fn detect() -> Option<Self> {
+        (is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("f16c"))
+        .then_some(Self(()))
+    }
+}
+
+/// 16 lanes of f32.
+#[derive(Debug, Clone, Copy)]
+pub struct F32(__m512);
+
+/// 8 lanes of f64.
+#[derive(Debug, Clone, Copy)]
+pub struct F64(__m512d);
+
+impl Isa for Avx512 {
+    const TIER: Tier = Tier::Avx512;
+    type F32 = F32;
+    type F64 = F64;
+
+    #[cfg(feature = "half")]
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const u16) -> F32 {
+        // SAFETY: `self` proves AVX-512; 16 values can be read, as the caller promises.
+        unsafe {
+            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            F32(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)))
+        }
+    }
+    #[cfg(feature = "half")]
+    #[inline(always)]
+    unsafe fn store_bf16(self, value: F32, to: *mut u16) {
+        // SAFETY: `self` proves AVX-512; 16 values can be written, as the caller promises.
+        unsafe {
+            let bits = _mm512_castps_si512(value.0);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let even = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+            let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value.0, value.0);
+            let rounded = _mm512_mask_or_epi32(even, is_nan, bits, _mm512_set1_epi32(0x0040_0000));
+            _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded)));
+        }
+    }
+    #[cfg(feature = "half")]
+    #[inline(always)]
+    unsafe fn load_f16(self, from: *const u16) -> F32 {
+        // SAFETY: `self` proves AVX-512; 16 values can be read, as the caller promises.
+        unsafe { F32(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))) }
+    }
+    #[cfg(feature = "half")]
+    #[inline(always)]
+    unsafe fn store_f16(self, value: F32, to: *mut u16) {
+        // SAFETY: `self` proves AVX-512; 16 values can be written, as the caller promises.
+        unsafe { _mm256_storeu_si256(to.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value.0)) }
+    }
+}
+
+impl Vector<Avx512> for F32 {
+    type Scalar = f32;
+    const LANES: usize = 16;
+
+    #[inline(always)]
+    fn splat(_: Avx512, value: f32) -> Self {
+        // SAFETY: the argument proves AVX-512.
+        unsafe { Self(_mm512_set1_ps(value)) }
+    }
+    #[inline(always)]
+    unsafe fn load(_: Avx512, from: *const f32) -> Self {
+        // SAFETY: the argument proves AVX-512; 16 values can be read, as the caller promises.
+        unsafe { Self(_mm512_loadu_ps(from)) }
+    }
+    #[inline(always)]
+    unsafe fn load_first(_: Avx512, from: *const f32, n: usize, fill: Self) -> Self {
+        // SAFETY: the argument proves AVX-512; masked lanes are not touched, the others can be read, as the caller
+        // promises.
+        unsafe { Self(_mm512_mask_loadu_ps(fill.0, (1 << n) - 1, from)) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: `self` proves AVX-512; 16 values can be written, as the caller promises.
+        unsafe { _mm512_storeu_ps(to, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn store_first(self, to: *mut f32, n: usize) {
+        // SAFETY: `self` proves AVX-512; masked lanes are not touched, the others can be written, as the caller
+        // promises.
+        unsafe { _mm512_mask_storeu_ps(to, (1 << n) - 1, self.0) }
+    }
+    #[inline(always)]
+    fn add(self, o: Self) -> Self {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { Self(_mm512_add_ps(self.0, o.0)) }
+    }
+    #[inline(always)]
+    fn sub(self, o: Self) -> Self {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { Self(_mm512_sub_ps(self.0, o.0)) }
+    }
+    #[inline(always)]
+    fn mul(self, o: Self) -> Self {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { Self(_mm512_mul_ps(self.0, o.0)) }
+    }
+    #[inline(always)]
+    unsafe fn add_widened(self, sums: *mut f64) {
+        // SAFETY: `self` proves AVX-512; 16 sums are at `sums`, as the caller promises.
+        unsafe {
+            F64(_mm512_cvtps_pd(_mm512_castps512_ps256(self.0))).add_widened(sums);
+            F64(_mm512_cvtps_pd(_mm512_extractf32x8_ps::<1>(self.0))).add_widened(sums.add(8));
+        }
+    }
+}
+
+impl Vector<Avx512> for F64 {
+    type Scalar = f64;
+    const LANES: usize = 8;
+
+    #[inline(always)]
+    fn splat(_: Avx512, value: f64) -> Self {
+        // SAFETY: the argument proves AVX-512.
+        unsafe { Self(_mm512_set1_pd(value)) }
+    }
+    #[inline(always)]
+    unsafe fn load(_: Avx512, from: *const f64) -> Self {
+        // SAFETY: the argument proves AVX-512; 8 values can be read, as the caller promises.
+        unsafe { Self(_mm512_loadu_pd(from)) }
+    }
+    #[inline(always)]
+    unsafe fn load_first(_: Avx512, from: *const f64, n: usize, fill: Self) -> Self {
+        // SAFETY: the argument proves AVX-512; masked lanes are not touched, the others can be read, as the caller
+        // promises.
+        unsafe { Self(_mm512_mask_loadu_pd(fill.0, (1 << n) - 1, from)) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f64) {
+        // SAFETY: `self` proves AVX-512; 8 values can be written, as the caller promises.
+        unsafe { _mm512_storeu_pd(to, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn store_first(self, to: *mut f64, n: usize) {
+        // SAFETY: `self` proves AVX-512; masked lanes are not touched, the others can be written, as the caller
+        // promises.
+        unsafe { _mm512_mask_storeu_pd(to, (1 << n) - 1, self.0) }
+    }
+    #[inline(always)]
+    fn add(self, o: Self) -> Self {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { Self(_mm512_add_pd(self.0, o.0)) }
+    }
+    #[inline(always)]
+    fn sub(self, o: Self) -> Self {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { Self(_mm512_sub_pd(self.0, o.0)) }
+    }
+    #[inline(always)]
+    fn mul(self, o: Self) -> Self {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { Self(_mm512_mul_pd(self.0, o.0)) }
+    }
+    #[inline(always)]
+    unsafe fn add_widened(self, sums: *mut f64) {
+        // SAFETY: `self` proves AVX-512; 8 sums are at `sums`, as the caller promises.
+        unsafe { self.add(Self::load(Avx512(()), sums)).store(sums) }
+    }
+}
