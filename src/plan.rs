@@ -7,7 +7,7 @@ use crate::forward::{MomentsOf, NormalizeTo, Statistics};
 use crate::grid::{Disjoint, Geometry, InOut, Parallelism, Source};
 use crate::moments::{self, GradientSums, Moments, Saved, check_eps};
 use crate::pass::Context;
-use crate::running::{Population, check_variances};
+use crate::running::{Momentum, Population, Running, Variance, check_variances};
 use crate::scratch::{Need, Pool};
 use crate::shape::Shape;
 use crate::simd::{Dispatched, Tier};
@@ -136,6 +136,14 @@ impl<E: Element> BatchNorm<E> {
         Self { parallelism, ..self }
     }
 
+    /// The same options for another shape, such as the last, smaller batch.
+    ///
+    /// # Errors
+    /// As [`BatchNorm::new`].
+    pub fn with_shape(&self, shape: Shape) -> Result<Self> {
+        Ok(Self { shape, geometry: Geometry::new(&shape), pool: Pool::new(), ..*self })
+    }
+
     /// The shape of the tensors.
     pub fn shape(&self) -> &Shape {
         &self.shape
@@ -154,6 +162,14 @@ impl<E: Element> BatchNorm<E> {
     /// Room for the statistics of a batch, to be filled by a forward pass and reused.
     pub fn saved(&self) -> Saved<E::Param> {
         Saved::new(self.shape.channels())
+    }
+
+    /// Running statistics for the channels of this plan, starting at mean 0 and variance 1.
+    ///
+    /// # Errors
+    /// [`Error::Momentum`] for a weight outside 0 to 1.
+    pub fn running(&self, momentum: Momentum, variance: Variance) -> Result<Running<E::Param>> {
+        Running::new(self.shape.channels(), momentum, variance)
     }
 
     /// Bytes of scratch that one call on this plan uses at most, from the thread pool that this is asked in. It is

@@ -82,7 +82,9 @@ impl<P: Real> Running<P> {
         }
     }
 
-    /// Moves the running statistics towards those of a batch. Computed in f64, rounded once.
+    /// Moves the running statistics towards those of a batch. Computed in f64, rounded once. A batch with NaN or
+    /// infinities makes the statistics of its channels NaN, as training has diverged;
+    /// [`forward_infer`](crate::BatchNorm::forward_infer) then refuses them by the name of the channel.
     ///
     /// # Errors
     /// [`Error::MissingStatistics`] if no batch filled `saved`; [`Error::Length`] for another number of channels;

@@ -1,0 +1,59 @@
+//! Times of every pass over a table of shapes, for regressions: `cargo bench --bench kernels`.
+
+use batchnorm::{Affine, BatchNorm, Gradients, Population, Shape};
+use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+
+/// A large plane, small planes, a tensor that fits the cache, rows, and three channels.
+fn shapes() -> [(&'static str, Shape); 7] {
+    [
+        ("nchw 8x64x56x56", Shape::nchw(8, 64, 56, 56)),
+        ("nchw 32x256x7x7", Shape::nchw(32, 256, 7, 7)),
+        ("nchw 1x64x14x14", Shape::nchw(1, 64, 14, 14)),
+        ("nchw 2x3x256x256", Shape::nchw(2, 3, 256, 256)),
+        ("nhwc 8x56x56x64", Shape::nhwc(8, 56, 56, 64)),
+        ("nhwc 2x256x256x3", Shape::nhwc(2, 256, 256, 3)),
+        ("nc 1024x512", Shape::nc(1024, 512)),
+    ]
+    .map(|(name, shape)| (name, shape.expect("a shape of the table")))
+}
+
+fn kernels(criterion: &mut Criterion) {
+    for (name, shape) in shapes() {
+        let x: Vec<f32> = (0..shape.len()).map(|i| (i as f32 * 0.618_034).fract()).collect();
+        let dy: Vec<f32> = x.iter().rev().copied().collect();
+        let mut out = x.clone();
+        let (gamma, beta) = (vec![1.5; shape.channels()], vec![0.5; shape.channels()]);
+        let (mut dgamma, mut dbeta) = (gamma.clone(), beta.clone());
+        let affine = Affine::new(&gamma, &beta);
+        let population = Population { mean: &beta, var: &gamma };
+        let bn = BatchNorm::<f32>::new(shape).expect("a plan for the table");
+        let mut saved = bn.saved();
+        bn.forward_train(&x, affine, &mut out, &mut saved).expect("a call of the bench");
+
+        let mut group = criterion.benchmark_group(name);
+        group.throughput(Throughput::Bytes(size_of_val(&x[..]) as u64));
+        group.bench_function(BenchmarkId::from_parameter("forward"), |bench| {
+            bench.iter(|| bn.forward_train(&x, affine, &mut out, &mut saved));
+        });
+        group.bench_function(BenchmarkId::from_parameter("inference"), |bench| {
+            bench.iter(|| bn.forward_infer(&x, affine, population, &mut out));
+        });
+        group.bench_function(BenchmarkId::from_parameter("inference in place"), |bench| {
+            bench.iter_batched_ref(
+                || x.clone(),
+                |x| bn.forward_infer_in_place(x, affine, population),
+                BatchSize::LargeInput,
+            );
+        });
+        group.bench_function(BenchmarkId::from_parameter("backward"), |bench| {
+            bench.iter(|| {
+                let gradients = Gradients { dx: Some(&mut out), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
+                bn.backward(&x, &dy, &saved, Some(&gamma), gradients)
+            });
+        });
+        group.finish();
+    }
+}
+
+criterion_group!(benches, kernels);
+criterion_main!(benches);

@@ -1,0 +1,272 @@
+//! Each pass beside its yardstick: plain stream kernels that move the least bytes that the pass can move, with the
+//! same threads in the same run. Prints a table and writes roofline.json into the target directory.
+//!
+//! `cargo bench --bench roofline` runs all shapes, `-- --quick` a few of them in under a minute.
+
+mod stream;
+
+use std::time::Instant;
+
+use batchnorm::{Affine, BatchNorm, Element, Gradients, Layout, Population, Real, Shape};
+use clap::Parser;
+use serde::Serialize;
+use stream::Store;
+
+/// Times each kernel against the memory traffic that it cannot avoid.
+#[derive(Parser)]
+struct Args {
+    /// A few shapes, f32 alone, few turns
+    #[arg(long)]
+    quick: bool,
+    /// Only shapes whose name contains this, such as 64x56x56
+    #[arg(long)]
+    shape: Option<String>,
+    /// Only this pass: forward, inference or backward
+    #[arg(long)]
+    pass: Option<String>,
+    /// Only this layout, such as NCHW
+    #[arg(long)]
+    layout: Option<String>,
+    /// Only this element type
+    #[arg(long)]
+    dtype: Option<String>,
+    /// Only this number of threads
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Turns per kernel
+    #[arg(long)]
+    turns: Option<usize>,
+    /// Passed by cargo bench
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// A shape of the table.
+#[derive(Clone, Copy)]
+struct Row {
+    layout: &'static str,
+    n: usize,
+    c: usize,
+    spatial: &'static [usize],
+    quick: bool,
+}
+
+impl Row {
+    fn shape(&self) -> Shape {
+        let layout = if self.layout.ends_with('C') { Layout::ChannelsLast } else { Layout::ChannelsFirst };
+        Shape::new(layout, self.n, self.c, self.spatial).expect("a shape of the table")
+    }
+
+    fn name(&self) -> String {
+        [&[self.n, self.c], self.spatial].concat().iter().map(usize::to_string).collect::<Vec<_>>().join("x")
+    }
+}
+
+/// The convolution outputs of ResNet-50 at batch 32, and shapes at the edges.
+fn table() -> Vec<Row> {
+    const RESNET: [(usize, &[usize], bool); 9] = [
+        (64, &[112, 112], false),
+        (64, &[56, 56], true),
+        (256, &[56, 56], true),
+        (128, &[28, 28], false),
+        (512, &[28, 28], false),
+        (256, &[14, 14], true),
+        (1024, &[14, 14], false),
+        (512, &[7, 7], true),
+        (2048, &[7, 7], false),
+    ];
+    let mut rows = Vec::new();
+    for layout in ["NCHW", "NHWC"] {
+        rows.extend(RESNET.map(|(c, spatial, quick)| Row { layout, n: 32, c, spatial, quick }));
+        rows.push(Row { layout, n: 1, c: 64, spatial: &[14, 14], quick: true });
+        rows.push(Row { layout, n: 8, c: 3, spatial: &[512, 512], quick: false });
+    }
+    rows.push(Row { layout: "NC", n: 128, c: 1024, spatial: &[], quick: true });
+    rows.push(Row { layout: "NC", n: 4096, c: 256, spatial: &[], quick: true });
+    rows.push(Row { layout: "NCDHW", n: 2, c: 32, spatial: &[16, 56, 56], quick: false });
+    rows
+}
+
+/// One line of the result.
+#[derive(Serialize)]
+struct Line {
+    pass: &'static str,
+    layout: &'static str,
+    dtype: &'static str,
+    shape: ShapeRecord,
+    threads: usize,
+    kernel_us: f64,
+    stream_us: f64,
+    ratio: f64,
+}
+
+#[derive(Serialize)]
+struct ShapeRecord {
+    n: usize,
+    c: usize,
+    spatial: Vec<usize>,
+}
+
+const PASSES: [&str; 3] = ["forward", "inference", "backward"];
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let args = Args::parse();
+    let mut lines = Vec::new();
+    println!(
+        "{:<10} {:<6} {:<16} {:<5} {:>7} {:>11} {:>11} {:>6}",
+        "pass", "layout", "shape", "dtype", "threads", "kernel us", "stream us", "ratio"
+    );
+    let all = num_cpus::get_physical();
+    let mut threads = vec![1, all];
+    threads.dedup();
+    for row in table() {
+        if args.quick && !row.quick || args.shape.as_ref().is_some_and(|s| !row.name().contains(s.as_str())) {
+            continue;
+        }
+        if args.layout.as_ref().is_some_and(|l| l != row.layout) {
+            continue;
+        }
+        let wanted = |dtype: &str| match &args.dtype {
+            Some(only) => only == dtype,
+            None => dtype == "f32" || !args.quick,
+        };
+        if wanted("f32") {
+            run::<f32>("f32", row, &threads, &args, &mut lines)?;
+        }
+        if wanted("f64") {
+            run::<f64>("f64", row, &threads, &args, &mut lines)?;
+        }
+        #[cfg(feature = "half")]
+        {
+            if wanted("bf16") {
+                run::<half::bf16>("bf16", row, &threads, &args, &mut lines)?;
+            }
+            if wanted("f16") {
+                run::<half::f16>("f16", row, &threads, &args, &mut lines)?;
+            }
+        }
+    }
+    summary(&lines);
+    let target =
+        std::env::var("CARGO_TARGET_DIR").unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/target").into());
+    let path = std::path::Path::new(&target).join("roofline.json");
+    std::fs::write(&path, serde_json::to_string_pretty(&lines)?)?;
+    println!("\nwritten to {}", path.display());
+    Ok(())
+}
+
+/// The geometric mean and the worst ratio of each pass, group of layouts, type and number of threads.
+fn summary(lines: &[Line]) {
+    println!("\n{:<10} {:<8} {:<5} {:>7} {:>9} {:>6}", "pass", "layouts", "dtype", "threads", "geo mean", "worst");
+    let group =
+        |l: &Line| (l.pass, if ["NHWC", "NC"].contains(&l.layout) { "NHWC, NC" } else { "NCHW" }, l.dtype, l.threads);
+    let mut groups: Vec<_> = lines.iter().map(group).collect();
+    groups.sort();
+    groups.dedup();
+    for g in groups {
+        let ratios: Vec<f64> = lines.iter().filter(|l| group(l) == g).map(|l| l.ratio).collect();
+        let mean = (ratios.iter().map(|r| r.ln()).sum::<f64>() / ratios.len() as f64).exp();
+        let worst = ratios.iter().fold(0.0, |a: f64, &b| a.max(b));
+        println!("{:<10} {:<8} {:<5} {:>7} {:>9.2} {:>6.2}", g.0, g.1, g.2, g.3, mean, worst);
+    }
+}
+
+/// Times all passes of one shape and type.
+fn run<E: Element>(
+    dtype: &'static str,
+    row: Row,
+    threads: &[usize],
+    args: &Args,
+    lines: &mut Vec<Line>,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let shape = row.shape();
+    // Golden-ratio steps: spread evenly, no two alike, no period that a channel could fall in step with.
+    let value = |i: usize| E::from_param(E::Param::from_f64((i as f64 * 0.618_033_988_75).fract() * 2.0 - 1.0));
+    let x: Vec<E> = (0..shape.len()).map(value).collect();
+    let dy: Vec<E> = (0..shape.len()).rev().map(value).collect();
+    let mut out = x.clone();
+    let ones = vec![E::Param::from_f64(1.5); shape.channels()];
+    let zeros = vec![E::Param::from_f64(0.5); shape.channels()];
+    let (mut dgamma, mut dbeta) = (ones.clone(), ones.clone());
+    let bn = BatchNorm::<E>::new(shape)?;
+    let mut saved = bn.saved();
+    bn.forward_train(&x, Affine::new(&ones, &zeros), &mut out, &mut saved)?;
+    for &threads in threads {
+        if args.threads.is_some_and(|only| only != threads) {
+            continue;
+        }
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+        for pass in PASSES {
+            if args.pass.as_ref().is_some_and(|only| only != pass) {
+                continue;
+            }
+            let rows_in_training = shape.layout() == Layout::ChannelsLast && pass != "inference";
+            let two = pass == "backward";
+            let yardstick = |out: &mut [E], store| {
+                let (a, b) = (bytes(&x), two.then(|| bytes(&dy)));
+                if rows_in_training {
+                    stream::read(threads, a, b);
+                }
+                stream::write(threads, a, b, bytes_mut(out), store);
+            };
+            let mut kernel = |out: &mut [E]| match pass {
+                "forward" => bn.forward_train(&x, Affine::new(&ones, &zeros), out, &mut saved),
+                "inference" => {
+                    let population = Population { mean: &zeros, var: &ones };
+                    bn.forward_infer(&x, Affine::new(&ones, &zeros), population, out)
+                }
+                _ => {
+                    let gradients = Gradients { dx: Some(out), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
+                    bn.backward(&x, &dy, &saved, Some(&ones), gradients)
+                }
+            };
+            let turns = args.turns.unwrap_or(if args.quick { 15 } else { 31 });
+            let (kernel_us, stream_us) = pool.install(|| {
+                let mut times = [const { Vec::new() }; 3];
+                // Enough calls a turn for the clock.
+                let started = Instant::now();
+                kernel(&mut out).expect("a call of the bench");
+                let calls = (200e-6 / started.elapsed().as_secs_f64()).clamp(1.0, 100.0) as usize;
+                for _ in 0..turns {
+                    let mut time = |slot: usize, f: &mut dyn FnMut()| {
+                        f();
+                        let started = Instant::now();
+                        (0..calls).for_each(|_| f());
+                        times[slot].push(started.elapsed().as_secs_f64() * 1e6 / calls as f64);
+                    };
+                    time(0, &mut || kernel(&mut out).expect("a call of the bench"));
+                    time(1, &mut || yardstick(&mut out, Store::Plain));
+                    time(2, &mut || yardstick(&mut out, Store::Streaming));
+                }
+                let [kernel, plain, streaming] = times.map(median);
+                (kernel, plain.min(streaming))
+            });
+            let ratio = kernel_us / stream_us;
+            println!(
+                "{pass:<10} {:<6} {:<16} {dtype:<5} {threads:>7} {kernel_us:>11.1} {stream_us:>11.1} {ratio:>6.2}",
+                row.layout,
+                row.name(),
+            );
+            let shape = ShapeRecord { n: row.n, c: row.c, spatial: row.spatial.to_vec() };
+            lines.push(Line { pass, layout: row.layout, dtype, shape, threads, kernel_us, stream_us, ratio });
+        }
+    }
+    Ok(())
+}
+
+fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
+/// The bytes of a tensor.
+fn bytes<E: Element>(of: &[E]) -> &[u8] {
+    // SAFETY: the element types are plain numbers without padding.
+    unsafe { core::slice::from_raw_parts(of.as_ptr().cast(), size_of_val(of)) }
+}
+
+/// The bytes of a tensor, to be written.
+fn bytes_mut<E: Element>(of: &mut [E]) -> &mut [u8] {
+    // SAFETY: the element types are plain numbers without padding, and any bits are a value.
+    unsafe { core::slice::from_raw_parts_mut(of.as_mut_ptr().cast(), size_of_val(of)) }
+}

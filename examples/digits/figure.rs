@@ -1,0 +1,120 @@
+//! The picture: accuracy against steps, and the percentiles of a sigmoid's input, side by side.
+
+use crate::experiment::{PERCENTILES, Point};
+use crate::{Pair, Result};
+use plotters::coord::Shift;
+use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
+use std::ops::Range;
+
+type Panel<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+
+const WITHOUT: RGBColor = RGBColor(0xc4, 0x4e, 0x1c);
+const WITH: RGBColor = RGBColor(0x1f, 0x5f, 0xa8);
+
+/// Draws one pair of runs, laid out like Figure 1 of the paper, as SVG.
+pub fn draw(pair: &Pair) -> Result<String> {
+    let [without, with] = pair;
+    let range = input_range(pair);
+    let mut svg = String::new();
+    let root = SVGBackend::with_string(&mut svg, (1200, 400)).into_drawing_area();
+    root.fill(&WHITE)?;
+    let panels = root.split_evenly((1, 3));
+    accuracies(&panels[0], pair)?;
+    inputs(&panels[1], "(b) without BN", WITHOUT, without, &range)?;
+    inputs(&panels[2], "(c) with BN", WITH, with, &range)?;
+    root.present()?;
+    drop((panels, root));
+    Ok(svg)
+}
+
+fn accuracies(panel: &Panel, [without, with]: &Pair) -> Result<()> {
+    let lines = [("without BN", WITHOUT, without), ("with BN", WITH, with)];
+    let lines = lines.map(|(label, color, points)| Line {
+        label: label.into(),
+        style: color.stroke_width(2),
+        points: points.iter().map(|p| (p.step, 100.0 * p.accuracy)).collect(),
+    });
+    let titles = ["(a) with and without BN", "test accuracy, %"];
+    chart(panel, titles, 0.0..100.0, &lines, true)
+}
+
+fn inputs(panel: &Panel, title: &str, color: RGBColor, points: &[Point], range: &Range<f64>) -> Result<()> {
+    let lines = [0, 1, 2].map(|i| Line {
+        label: format!("{}th", PERCENTILES[i]),
+        style: color.stroke_width(if i == 1 { 2 } else { 1 }),
+        points: points
+            .iter()
+            .map(|p| (p.step, f64::from(p.input[i])))
+            // What is not a number has no place in a picture.
+            .filter(|p| p.1.is_finite())
+            .collect(),
+    });
+    let titles = [title, "input of one sigmoid, percentiles"];
+    chart(panel, titles, range.clone(), &lines, false)
+}
+
+/// One vertical range for the two panels that are to be compared.
+fn input_range(pair: &Pair) -> Range<f64> {
+    let inputs = pair.iter().flatten().flat_map(|p| p.input);
+    let finite = inputs.map(f32::abs).filter(|x| x.is_finite());
+    let top = 1.1 * f64::from(finite.fold(1.0, f32::max));
+    -top..top
+}
+
+struct Line {
+    label: String,
+    style: ShapeStyle,
+    points: Vec<(u64, f64)>,
+}
+
+/// One panel, its lines named in a legend or else at their right ends.
+fn chart(panel: &Panel, [title, vertical]: [&str; 2], range: Range<f64>, lines: &[Line], legend: bool) -> Result<()> {
+    let points = lines.iter().flat_map(|line| &line.points);
+    let steps = points.map(|p| p.0).max().unwrap_or(1);
+    let decimals = usize::from(range.end < 10.0);
+    // Names at the ends keep this distance where the lines, given from low to high, do not.
+    let distance = 0.055 * (range.end - range.start);
+    let mut free = f64::NEG_INFINITY;
+    let mut chart = ChartBuilder::on(panel)
+        .margin(12)
+        .margin_right(44)
+        .caption(title, ("sans-serif", 22))
+        .x_label_area_size(44)
+        .y_label_area_size(56)
+        .build_cartesian_2d(0..steps, range)?;
+    chart
+        .configure_mesh()
+        .x_desc("training steps")
+        .y_desc(vertical)
+        .x_labels(6)
+        .y_labels(6)
+        .y_label_formatter(&|y| format!("{y:.decimals$}"))
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(BLACK.mix(0.12))
+        .label_style(("sans-serif", 16))
+        .axis_desc_style(("sans-serif", 17))
+        .draw()?;
+    for line in lines {
+        let style = line.style;
+        let drawn = chart.draw_series(LineSeries::new(line.points.iter().copied(), style))?;
+        if legend {
+            drawn.label(line.label.as_str()).legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], style));
+        } else if let Some(&(step, value)) = line.points.last() {
+            let value = value.max(free);
+            free = value + distance;
+            let text =
+                ("sans-serif", 16).into_text_style(panel).color(&style.color).pos(Pos::new(HPos::Left, VPos::Center));
+            let label = EmptyElement::at((step, value)) + Text::new(line.label.clone(), (5, 0), text);
+            chart.draw_series([label])?;
+        }
+    }
+    if legend {
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::MiddleRight)
+            .label_font(("sans-serif", 17))
+            .draw()?;
+    }
+    Ok(())
+}
