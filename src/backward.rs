@@ -28,18 +28,11 @@ impl<E: Element, T, F: Fn(usize, GradientSums) -> T + Sync> Reduction<E, 2> for 
     }
 
     #[inline(always)]
-    unsafe fn rows<I: Isa>(
-        &self,
-        isa: I,
-        channels: usize,
-        block: RowBlock,
-        columns: &mut Columns<'_, E::Param>,
-        out: [&mut [f64]; 2],
-    ) {
+    unsafe fn rows<I: Isa>(&self, isa: I, block: RowBlock, columns: &mut Columns<'_, E::Param>, out: [&mut [f64]; 2]) {
         let (mean, inv_std) = (&self.saved.mean, &self.saved.inv_std);
         let (x, dy) = (self.x.as_ptr(), self.dy.as_ptr());
         // SAFETY: the caller's promise.
-        unsafe { gradient::of_rows(isa, x, dy, |c| [mean[c], inv_std[c]], channels, block, columns, out) }
+        unsafe { gradient::of_rows(isa, x, dy, |c| [mean[c], inv_std[c]], block, columns, out) }
     }
 
     #[inline(always)]

@@ -40,16 +40,9 @@ impl<E: Element, T, F: Fn(usize, Moments) -> T + Sync> Reduction<E, 3> for Momen
     }
 
     #[inline(always)]
-    unsafe fn rows<I: Isa>(
-        &self,
-        isa: I,
-        channels: usize,
-        block: RowBlock,
-        columns: &mut Columns<'_, E::Param>,
-        out: [&mut [f64]; 3],
-    ) {
+    unsafe fn rows<I: Isa>(&self, isa: I, block: RowBlock, columns: &mut Columns<'_, E::Param>, out: [&mut [f64]; 3]) {
         // SAFETY: the caller's promise; an empty tensor has no blocks.
-        unsafe { moments::of_rows(isa, self.x.as_ptr(), channels, block, columns, out) }
+        unsafe { moments::of_rows(isa, self.x.as_ptr(), block, columns, out) }
     }
 
     #[inline(always)]

@@ -67,6 +67,14 @@ impl Runs {
     pub(crate) fn size(&self) -> usize {
         self.len * self.count
     }
+
+    /// `K` places spread evenly over the elements, each followed by at least `width` elements of its run.
+    pub(crate) fn spread<const K: usize>(&self, width: usize) -> [usize; K] {
+        core::array::from_fn(|i| {
+            let at = i * self.size() / K;
+            self.start + at / self.len * self.stride + (at % self.len).min(self.len - width)
+        })
+    }
 }
 
 impl Planar {

@@ -34,14 +34,7 @@ pub(crate) trait Reduction<E: Element, const S: usize>: Sync {
     ///
     /// # Safety
     /// The block comes from the grid of the tensors' shape.
-    unsafe fn rows<I: Isa>(
-        &self,
-        isa: I,
-        channels: usize,
-        block: RowBlock,
-        columns: &mut Columns<'_, E::Param>,
-        out: [&mut [f64]; S],
-    );
+    unsafe fn rows<I: Isa>(&self, isa: I, block: RowBlock, columns: &mut Columns<'_, E::Param>, out: [&mut [f64]; S]);
 
     /// The values of two neighbouring sets.
     fn merge(weights: MergeWeights, a: [f64; S], b: [f64; S]) -> [f64; S];
@@ -440,6 +433,7 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Kernel for RowBlocks<'_, E,
             let (b, tile) = (item / self.tiles, self.rows.tile(item % self.tiles, self.tiles));
             let rows = self.rows.block(b);
             let block = RowBlock {
+                channels,
                 start: rows.start * channels,
                 len: rows.len() * channels,
                 period: self.rows.period(),
@@ -451,7 +445,7 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Kernel for RowBlocks<'_, E,
                     let at = (b * S + k) * channels;
                     self.out.slice(at + tile.start..at + tile.end.min(channels))
                 });
-                self.reduction.rows(isa, channels, block, &mut self.columns, out);
+                self.reduction.rows(isa, block, &mut self.columns, out);
             }
         }
     }

@@ -10,12 +10,12 @@
 //!
 //! - **A channel in planes** (channels first): the channel is cut into blocks by the shape alone, each of one or
 //!   more contiguous runs. Each run is cut into groups of four vectors, the last one filled up with zero terms.
-//!   A group adds `(v0 + v1) + (v2 + v3)` to the accumulator, lane by lane; after eight groups, and at the end,
+//!   A group adds `(v0 + v1) + (v2 + v3)` to the accumulator, lane by lane; after four groups, and at the end,
 //!   the accumulator is widened, added to sums in f64 and cleared. The lanes of the sums are then added by halves:
 //!   16, 8, 4, 2, 1.
 //! - **Rows of channels** (channels last, and NC): the rows are cut into blocks by the shape alone. Rows shorter than
 //!   128 are joined until their length is a multiple of 16. Four (joined) rows are added per column in the same
-//!   way, and after eight such groups widened in the same way. The columns of one channel are then added in order.
+//!   way, and after four such groups widened in the same way. The columns of one channel are then added in order.
 //!
 //! Blocks are merged from the first to the last. No multiplication and addition are ever fused.
 
@@ -83,7 +83,7 @@ fn sum_runs<R: Real>(runs: Runs, term: impl Fn(usize) -> Pair<R>) -> (f64, f64) 
                 })));
             }
             groups += 1;
-            if groups % 8 == 0 {
+            if groups % 4 == 0 {
                 sums.iter_mut().for_each(Sum::widen);
             }
         }
@@ -111,7 +111,7 @@ fn sum_rows<R: Real>(rows: Rows, block: usize, term: impl Fn(usize) -> Pair<R>) 
                 if i < end { term(i) } else { Pair::default() }
             })));
         }
-        if g % 8 == 7 || group + 4 * period >= end {
+        if g % 4 == 3 || group + 4 * period >= end {
             sums.iter_mut().for_each(Sum::widen);
         }
     }
@@ -132,11 +132,11 @@ fn deviation<R: Real>(x: R, shift: R) -> Pair<R> {
     (x - shift, (x - shift) * (x - shift))
 }
 
-/// Whether sums of `n` deviations and squares can be trusted: the shift within two standard deviations of the mean,
+/// Whether sums of `n` deviations and squares can be trusted: the shift within 1.4 standard deviations of the mean,
 /// the squares neither overflowed nor so small that bits were lost.
 fn is_sound(n: f64, (s, q): (f64, f64), tiny: f64) -> bool {
     let square = s * (s / n);
-    square <= 4.0 * (q - square) && q >= n * tiny && q < f64::INFINITY
+    square <= 2.0 * (q - square) && q >= n * tiny && q < f64::INFINITY
 }
 
 /// Mean, residue and m2 from sums around a shift; where they are not sound, from `wide` sums in f64, around the same
@@ -158,19 +158,26 @@ fn close_block<R: Real>(n: f64, shift: R, sums: (f64, f64), wide: impl Fn(f64) -
     [mean, residue, if m2 < 0.0 { 0.0 } else { m2 }]
 }
 
+/// The mean of four values, unless it overflows.
+fn mean_of_four<R: Real>(v: [R; 4]) -> R {
+    let mean = ((v[0] + v[1]) + (v[2] + v[3])) * R::from_f64(0.25);
+    if mean.to_f64().is_finite() { mean } else { v[0] }
+}
+
 fn planar_moments<E: Element>(planar: Planar, x: &[E], channel: usize, block: usize) -> [f64; 3] {
     let runs = planar.block(channel, block);
-    let lanes = lanes::<E::Param>();
-    let first = x[runs.start].to_param();
-    let mut shift = first;
-    if runs.len >= lanes {
-        let mut wide: Vec<f64> = x[runs.start..][..lanes].iter().map(|x| x.to_param().to_f64()).collect();
+    let width = lanes::<E::Param>().min(runs.len);
+    let places: [usize; 4] = runs.spread(width);
+    let mut shift = mean_of_four(places.map(|at| x[at].to_param()));
+    if runs.len >= lanes::<E::Param>() {
+        let sample = |lane: usize| tree(places.map(|at| (x[at + lane].to_param(), E::Param::default()))).0.to_f64();
+        let mut wide: Vec<f64> = (0..width).map(sample).collect();
         wide.resize(16, 0.0);
         for half in [8, 4, 2, 1] {
             (0..half).for_each(|i| wide[i] += wide[i + half]);
         }
-        let mean = wide[0] * (1.0 / lanes as f64);
-        shift = if mean.is_finite() { E::Param::from_f64(mean) } else { first };
+        let mean = wide[0] * (1.0 / (4 * width) as f64);
+        shift = if mean.is_finite() { E::Param::from_f64(mean) } else { x[places[0]].to_param() };
     }
     let sums = sum_runs(runs, |i| deviation(x[i].to_param(), shift));
     close_block(runs.size() as f64, shift, sums, |shift| sum_runs(runs, |i| deviation(x[i].to_param().to_f64(), shift)))
@@ -179,12 +186,8 @@ fn planar_moments<E: Element>(planar: Planar, x: &[E], channel: usize, block: us
 fn row_moments<E: Element>(rows: Rows, x: &[E], block: usize) -> Vec<[f64; 3]> {
     let range = rows.block(block);
     let shift = |c: usize| {
-        let x = |row: usize| x[(range.start + row) * rows.channels + c].to_param();
-        if range.len() < 4 {
-            return x(0);
-        }
-        let mean = ((x(0) + x(1)) + (x(2) + x(3))) * E::Param::from_f64(0.25);
-        if mean.to_f64().is_finite() { mean } else { x(0) }
+        let row = |i: usize| range.start + i * range.len() / 4;
+        mean_of_four([0, 1, 2, 3].map(|i| x[row(i) * rows.channels + c].to_param()))
     };
     let shifts: Vec<_> = (0..rows.channels).map(shift).collect();
     let sums = sum_rows(rows, block, |i| deviation(x[i].to_param(), shifts[i % rows.channels]));

@@ -139,7 +139,7 @@ impl<P: Real> Running<P> {
 
 /// Refuses a variance that is negative or NaN.
 pub(crate) fn check_variances<P: Real>(var: &[P]) -> Result<()> {
-    match var.iter().position(|v| !(v.to_f64() >= 0.0)) {
+    match var.iter().position(|v| v.to_f64().is_nan() || v.to_f64() < 0.0) {
         Some(channel) => Err(Error::Variance { channel, got: var[channel].to_f64() }),
         None => Ok(()),
     }

@@ -216,7 +216,7 @@ macro_rules! suite {
             }
 
             proptest! {
-                #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+                #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
                 #[test]
                 fn random_cases(case in cases()) {
                     check::<$t>(&case);

@@ -87,12 +87,12 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element>(
     x: *const E,
     dy: *const E,
     params: impl Fn(usize) -> [E::Param; 2],
-    channels: usize,
     block: RowBlock,
     columns: &mut Columns<'_, E::Param>,
     out: [&mut [f64]; 2],
 ) {
-    let (first, last) = (block.columns.0, block.columns.1.min(channels));
+    let channels = block.channels;
+    let (first, last) = (block.columns.0, block.columns.1.min(block.channels));
     let padded = columns.wide[0].len();
     for c in first..last {
         [columns.params[c], columns.params[padded + c]] = params(c);
@@ -104,7 +104,6 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element>(
     let terms = Weighted { x, dy, load: PhantomData::<Native<E>> };
     // SAFETY: the caller's promise.
     unsafe { sums::over_rows(isa, &terms, block, columns) };
-    columns.join(channels, block.period);
     let [a, b] = out;
     a.copy_from_slice(&columns.wide[0][first..last]);
     b.copy_from_slice(&columns.wide[1][first..last]);

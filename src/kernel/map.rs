@@ -98,8 +98,8 @@ pub(crate) unsafe fn over_rows<I: Isa, M: Map<I, K>, const K: usize>(
             let n = (width - c).min(lanes);
             // SAFETY: c + lanes lies below `padded` by the assertion; the elements are the caller's promise.
             unsafe {
-                for k in 0..K {
-                    vectors[k] = Compute::<I, M::Element>::load(isa, params.as_ptr().add(k * padded + c));
+                for (k, vector) in vectors.iter_mut().enumerate() {
+                    *vector = Compute::<I, M::Element>::load(isa, params.as_ptr().add(k * padded + c));
                 }
                 let at = start + row + c;
                 if n == lanes {

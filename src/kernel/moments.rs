@@ -12,6 +12,9 @@ use crate::grid::Runs;
 use crate::moments::two_sum;
 use crate::simd::{Compute, Isa, Load, MAX_LANES, Native, Vector, Widened};
 
+/// Places of a block that its shift is made of.
+pub(crate) const SAMPLES: usize = 4;
+
 /// `x - shift` and its square.
 struct Deviations<L, E> {
     x: *const E,
@@ -47,12 +50,12 @@ struct Shifted {
 }
 
 impl Shifted {
-    /// Whether the shift lies within two standard deviations of the mean, so that `q - s*s/n` cancels little, and
+    /// Whether the shift lies within 1.4 standard deviations of the mean, so that `q - s*s/n` cancels little, and
     /// the squares kept their bits. A NaN or an infinity says no.
     #[inline(always)]
     fn is_sound<R: Real>(&self) -> bool {
         let square = self.s * (self.s / self.n);
-        square <= 4.0 * (self.q - square) && self.q >= self.n * R::TINY_SQUARE && self.q < f64::INFINITY
+        square <= 2.0 * (self.q - square) && self.q >= self.n * R::TINY_SQUARE && self.q < f64::INFINITY
     }
 
     /// The mean found, where another pass in f64 around it would do better.
@@ -73,6 +76,43 @@ impl Shifted {
     }
 }
 
+/// The mean of four values, unless it overflows.
+#[inline(always)]
+fn mean_of_four<R: Real>(v: [R; SAMPLES]) -> R {
+    let mean = ((v[0] + v[1]) + (v[2] + v[3])) * R::from_f64(0.25);
+    if mean.to_f64().is_finite() { mean } else { v[0] }
+}
+
+/// A shift for a block of a channel: the mean of four vectors spread over it, or of four values where runs are shorter
+/// than a vector. Neighbours resemble each other, so a sample of the beginning would not do.
+///
+/// # Safety
+/// The runs lie inside the tensor at `x` and are not empty.
+#[inline(always)]
+unsafe fn shift_of_runs<I: Isa, E: Element>(isa: I, x: *const E, runs: Runs) -> E::Param {
+    let lanes = Compute::<I, E>::LANES;
+    let places = runs.spread::<SAMPLES>(lanes.min(runs.len));
+    let mut values = [E::Param::default(); SAMPLES];
+    for (value, place) in values.iter_mut().zip(places) {
+        // SAFETY: inside a run.
+        *value = unsafe { x.add(place).read().to_param() };
+    }
+    if runs.len < lanes {
+        return mean_of_four(values);
+    }
+    let mut vectors = [Compute::<I, E>::splat(isa, Default::default()); SAMPLES];
+    let mut sums = [0f64; MAX_LANES];
+    // SAFETY: a whole vector from each place lies inside its run; the buffer holds MAX_LANES sums.
+    unsafe {
+        for (vector, place) in vectors.iter_mut().zip(places) {
+            *vector = E::load(isa, x.add(place));
+        }
+        sums::tree(vectors).add_widened(sums.as_mut_ptr());
+    }
+    let mean = fold_lanes(sums) * (1.0 / (SAMPLES * lanes) as f64);
+    if mean.is_finite() { E::Param::from_f64(mean) } else { values[0] }
+}
+
 /// `[mean, residue, m2]` of one block of a channel.
 ///
 /// # Safety
@@ -80,18 +120,8 @@ impl Shifted {
 #[inline(always)]
 pub(crate) unsafe fn of_runs<I: Isa, E: Element>(isa: I, x: *const E, runs: Runs) -> [f64; 3] {
     let n = runs.size() as f64;
-    // SAFETY: the block is not empty, and the first vector is read only if the first run holds it.
-    let shift = unsafe {
-        let first = x.add(runs.start).read().to_param();
-        if runs.len < Compute::<I, E>::LANES {
-            first
-        } else {
-            let mut lanes = [0f64; MAX_LANES];
-            E::load(isa, x.add(runs.start)).add_widened(lanes.as_mut_ptr());
-            let mean = fold_lanes(lanes) * (1.0 / Compute::<I, E>::LANES as f64);
-            if mean.is_finite() { E::Param::from_f64(mean) } else { first }
-        }
-    };
+    // SAFETY: the places lie inside the runs.
+    let shift = unsafe { shift_of_runs(isa, x, runs) };
     let terms = Deviations { x, load: PhantomData::<Native<E>> };
     // SAFETY: the caller's promise.
     let (s, q) = unsafe { sums::over_runs(isa, &terms, [shift], runs) };
@@ -122,26 +152,19 @@ pub(crate) unsafe fn of_runs<I: Isa, E: Element>(isa: I, x: *const E, runs: Runs
 pub(crate) unsafe fn of_rows<I: Isa, E: Element>(
     isa: I,
     x: *const E,
-    channels: usize,
     block: RowBlock,
     columns: &mut Columns<'_, E::Param>,
     out: [&mut [f64]; 3],
 ) {
+    let channels = block.channels;
     let rows = block.len / channels;
     let n = rows as f64;
-    let (first, last) = (block.columns.0, block.columns.1.min(channels));
+    let (first, last) = (block.columns.0, block.columns.1.min(block.channels));
     // SAFETY: row `r` and channel `c` lie inside the block.
     let value = |r: usize, c: usize| unsafe { x.add(block.start + r * channels + c).read().to_param() };
     for c in first..last {
-        let x0 = value(0, c);
-        let mut shift = x0;
-        if rows >= 4 {
-            shift = ((x0 + value(1, c)) + (value(2, c) + value(3, c))) * E::Param::from_f64(0.25);
-            if !shift.to_f64().is_finite() {
-                shift = x0;
-            }
-        }
-        columns.params[c] = shift;
+        let at = |i: usize| value(i * rows / SAMPLES, c);
+        columns.params[c] = mean_of_four([at(0), at(1), at(2), at(3)]);
     }
     for c in channels..block.period {
         columns.params[c] = columns.params[c - channels];
@@ -149,7 +172,6 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element>(
     let terms = Deviations { x, load: PhantomData::<Native<E>> };
     // SAFETY: the caller's promise.
     unsafe { sums::over_rows(isa, &terms, block, columns) };
-    columns.join(channels, block.period);
     let shifted = |columns: &Columns<'_, E::Param>, c: usize| Shifted {
         shift: columns.params[c].to_f64(),
         n,

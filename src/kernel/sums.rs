@@ -1,7 +1,7 @@
 //! Sums of two terms per element, over the runs of a channel or over rows of channels, in one fixed order.
 //!
-//! Four vectors are added as a tree, `(v0 + v1) + (v2 + v3)`, to one accumulator; after eight such groups the
-//! accumulator is widened and added to a sum in f64. So a chain of roundings in f32 is at most ten additions long,
+//! Four vectors are added as a tree, `(v0 + v1) + (v2 + v3)`, to one accumulator; after four such groups the
+//! accumulator is widened and added to a sum in f64. So a chain of roundings in f32 is at most six additions long,
 //! and a sum of equal values hardly rounds at all. Missing vectors and lanes count as zero.
 
 use crate::grid::Runs;
@@ -10,7 +10,7 @@ use crate::simd::{Isa, Lanes, MAX_LANES, Vector};
 /// Vectors that are added as a tree.
 pub(crate) const GROUP: usize = 4;
 /// Groups that are added up before they are widened to f64.
-pub(crate) const GROUPS: usize = 8;
+pub(crate) const GROUPS: usize = 4;
 
 /// Two terms per element, made of `K` parameters of the channel.
 pub(crate) trait Terms<I: Isa, const K: usize> {
@@ -33,7 +33,7 @@ pub(crate) trait Terms<I: Isa, const K: usize> {
 type Scalar<I, T, const K: usize> = <<T as Terms<I, K>>::Vector as Vector<I>>::Scalar;
 
 #[inline(always)]
-fn tree<I: Isa, V: Vector<I>>(v: [V; GROUP]) -> V {
+pub(crate) fn tree<I: Isa, V: Vector<I>>(v: [V; GROUP]) -> V {
     v[0].add(v[1]).add(v[2].add(v[3]))
 }
 
@@ -131,10 +131,11 @@ pub(crate) fn fold_lanes(mut lanes: [f64; MAX_LANES]) -> f64 {
     lanes[0]
 }
 
-/// A block of joined rows: `len` elements from `start`, the columns repeating with `period`. Sums are taken over
-/// `columns` of it, whose first begins a vector.
+/// A block of rows of `channels`: `len` elements from `start`, rows joined to columns that repeat with `period`. Sums
+/// are taken over `columns` of it, whose first begins a vector.
 #[derive(Clone, Copy)]
 pub(crate) struct RowBlock {
+    pub(crate) channels: usize,
     pub(crate) start: usize,
     pub(crate) len: usize,
     pub(crate) period: usize,
@@ -151,7 +152,7 @@ pub(crate) struct Columns<'a, R> {
     pub(crate) wide: [&'a mut [f64]; 2],
 }
 
-/// The sums of both terms for each column of the block, left in `columns.wide`; parameter `k` of column `c` is at
+/// The sums of both terms for each channel of the block, left in `columns.wide`; parameter `k` of column `c` is at
 /// `k * padded + c` of `columns.params`.
 ///
 /// # Safety
@@ -195,8 +196,8 @@ pub(crate) unsafe fn over_rows<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vect
             let mut c = first;
             while c < last {
                 let mut params = [zero; K];
-                for k in 0..K {
-                    params[k] = R::Vector::<I>::load(isa, params_at.add(k * padded + c));
+                for (k, vector) in params.iter_mut().enumerate() {
+                    *vector = R::Vector::<I>::load(isa, params_at.add(k * padded + c));
                 }
                 let (mut ga, mut gb) = ([zero; GROUP], [zero; GROUP]);
                 if whole && c + lanes <= last {
@@ -229,15 +230,16 @@ pub(crate) unsafe fn over_rows<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vect
             }
         }
     }
+    columns.join(block);
 }
 
 impl<R> Columns<'_, R> {
     /// Adds up the sums of the columns of joined rows that belong to the same channel.
     #[inline(always)]
-    pub(crate) fn join(&mut self, channels: usize, period: usize) {
+    fn join(&mut self, block: RowBlock) {
         for wide in &mut self.wide {
-            for c in channels..period {
-                wide[c % channels] += wide[c];
+            for c in block.channels..block.period {
+                wide[c % block.channels] += wide[c];
             }
         }
     }
