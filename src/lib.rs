@@ -1,4 +1,51 @@
-//! Batch Normalization kernels.
+//! SIMD-optimized CPU kernels for Batch Normalization (Ioffe & Szegedy 2015), on raw slices.
+//!
+//! A [`BatchNorm`] is a plan for tensors of one [`Shape`] and element type. Its methods are the training forward
+//! pass, inference and the backward pass, each also in place, and their halves for statistics that are shared
+//! between shards of a batch. Slices are dense and may have any alignment.
+//!
+//! ```
+//! use batchnorm::{Affine, BatchNorm, Shape};
+//!
+//! let x = [1.0f32, 10.0, 2.0, 20.0, 3.0, 30.0, 6.0, 60.0];
+//! let mut y = [0.0; 8];
+//! // Four samples of two channels.
+//! let bn = BatchNorm::<f32>::new(Shape::nc(4, 2)?)?.with_eps(0.0)?;
+//! let mut saved = bn.saved();
+//! bn.forward_train(&x, Affine::none(), &mut y, &mut saved)?;
+//! assert_eq!(saved.mean(), [3.0, 30.0]);
+//! assert_eq!(saved.var(), [3.5, 350.0]);
+//! # Ok::<(), batchnorm::Error>(())
+//! ```
+//!
+//! | to | call |
+//! |---|---|
+//! | normalize with the statistics of the batch | [`BatchNorm::forward_train`] |
+//! | normalize with those of the population | [`BatchNorm::forward_infer`] |
+//! | get dx, dgamma, dbeta, or some of them | [`BatchNorm::backward`] |
+//! | keep statistics from batch to batch | [`Running`] |
+//! | share statistics between shards | [`BatchNorm::moments`], [`Moments::merge`], [`BatchNorm::finish`], [`BatchNorm::normalize`] |
+//! | share gradients between shards | [`BatchNorm::gradient_sums`], [`GradientSums::merge`], [`BatchNorm::input_gradient`] |
+//! | choose the SIMD tier, the threads | [`BatchNorm::with_tier`], [`BatchNorm::with_parallelism`] |
+//! | see what exactly is computed | [`reference`](mod@reference) |
+//!
+//! # Promises
+//!
+//! - **Bits.** Results depend on the shape, the layout and the values, never on the SIMD tier, the CPU, the number of
+//!   threads or the alignment. They are those of [`reference`](mod@reference). Channels first and channels last add in different
+//!   orders, so the two may differ in the last bits. Of a NaN only that it is one is promised.
+//! - **Accuracy.** For f32 and `|mean|` up to 1e6 standard deviations, against exact results: variance within 1e-6
+//!   relative, mean within 1e-7 standard deviations, normalized values within `3e-7 * max(1, |xhat|)`. For f64 1e-13,
+//!   1e-13 and 3e-13. bf16 and f16 are computed as f32 and rounded once. Values up to the largest finite f32 do
+//!   not overflow. A constant channel gives exactly beta.
+//! - **Errors.** Every bad argument gives an [`Error`], and then no output was touched. Nothing panics.
+//! - **Memory.** A plan keeps its scratch; calls after the first allocate nothing.
+//!
+//! # Features
+//!
+//! - `rayon` (default): large tensors are shared among the threads of the rayon pool that the caller is in.
+//! - `half`: `half::bf16` and `half::f16` as element types.
+
 #![deny(missing_docs)]
 
 mod backward;
@@ -24,3 +71,7 @@ pub use plan::{Affine, BatchNorm, Gradients};
 pub use running::{Momentum, Population, Running, Variance};
 pub use shape::{Layout, Shape};
 pub use simd::Tier;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
