@@ -3,7 +3,7 @@
 use crate::element::{Element, Real};
 use crate::grid::{InOut, Runs, Source};
 use crate::kernel::gradient;
-use crate::kernel::map::Map;
+use crate::kernel::map::{Map, Target};
 use crate::kernel::sums::{Columns, RowBlock};
 use crate::moments::{GradientSums, MergeWeights, Saved};
 use crate::pass::{Application, Reduction};
@@ -56,6 +56,7 @@ pub(crate) struct InputGradientTo<'a, E: Element> {
     pub(crate) gamma: Option<&'a [E::Param]>,
     /// The number of values behind the sums.
     pub(crate) count: u64,
+    pub(crate) streaming: bool,
 }
 
 impl<E: Element> Application<E, 6> for InputGradientTo<'_, E> {
@@ -72,7 +73,7 @@ impl<E: Element> Application<E, 6> for InputGradientTo<'_, E> {
         gradient::InputGradient::new(self.x.as_ptr(), self.io.from.as_ptr())
     }
 
-    fn to(&self) -> *mut E {
-        self.io.to.as_ptr()
+    fn target(&self) -> Target<E> {
+        Target { to: self.io.to.as_ptr(), streaming: self.streaming }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::element::{Element, Real};
 use crate::grid::{InOut, Runs, Source};
-use crate::kernel::map::Map;
+use crate::kernel::map::{Map, Target};
 use crate::kernel::sums::{Columns, RowBlock};
 use crate::kernel::{moments, normalize};
 use crate::moments::{MergeWeights, Moments, Saved};
@@ -59,6 +59,7 @@ impl<E: Element, T, F: Fn(usize, Moments) -> T + Sync> Reduction<E, 3> for Momen
 pub(crate) struct NormalizeTo<'a, E: Element> {
     pub(crate) io: InOut<'a, E>,
     pub(crate) affine: Affine<'a, E::Param>,
+    pub(crate) streaming: bool,
 }
 
 impl<E: Element> Application<E, 3> for NormalizeTo<'_, E> {
@@ -75,7 +76,7 @@ impl<E: Element> Application<E, 3> for NormalizeTo<'_, E> {
         normalize::Normalize::new(self.io.from.as_ptr())
     }
 
-    fn to(&self) -> *mut E {
-        self.io.to.as_ptr()
+    fn target(&self) -> Target<E> {
+        Target { to: self.io.to.as_ptr(), streaming: self.streaming }
     }
 }

@@ -45,6 +45,16 @@ impl Geometry {
     }
 }
 
+impl Geometry {
+    /// The length of the contiguous runs of a channel, or of the rows together.
+    pub(crate) fn run(&self) -> usize {
+        match self {
+            Self::Planar(planar) => planar.plane,
+            Self::Rows(rows) => rows.rows * rows.channels,
+        }
+    }
+}
+
 /// `(planes, channels, plane)`, the values of a plane contiguous.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Planar {
@@ -142,9 +152,9 @@ impl Rows {
         self.joined() * self.channels
     }
 
-    /// [`Rows::period`] up to whole vectors: the length of arrays with a value per column.
+    /// The length of arrays with a value per column: the period and a vector more, up to whole vectors.
     pub(crate) fn padded(&self) -> usize {
-        self.period().next_multiple_of(MAX_LANES)
+        (self.period() + MAX_LANES).next_multiple_of(MAX_LANES)
     }
 
     /// Ranges of columns to give `tasks` tasks to threads where the blocks alone do not; columns are independent,
@@ -311,6 +321,10 @@ pub(crate) struct InOut<'a, T> {
 impl<'a, T> InOut<'a, T> {
     pub(crate) fn apart(from: &'a [T], to: &'a mut [T]) -> Self {
         Self { from: Source::new(from), to: Disjoint::new(to) }
+    }
+
+    pub(crate) fn is_in_place(&self) -> bool {
+        core::ptr::eq(self.from.ptr, self.to.ptr)
     }
 
     pub(crate) fn in_place(data: &'a mut [T]) -> Self {

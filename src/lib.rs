@@ -67,7 +67,7 @@ pub use element::{Element, Real};
 pub use error::{Error, Result};
 pub use grid::Parallelism;
 pub use moments::{GradientSums, Moments, Saved};
-pub use plan::{Affine, BatchNorm, Gradients};
+pub use plan::{Affine, BatchNorm, Gradients, Stores};
 pub use running::{Momentum, Population, Running, Variance};
 pub use shape::{Layout, Shape};
 pub use simd::Tier;

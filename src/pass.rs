@@ -6,11 +6,11 @@ use core::ops::Range;
 
 use crate::element::Element;
 use crate::grid::{Disjoint, Geometry, Planar, Rows, Runs, for_each_piece, pieces};
-use crate::kernel::map::{self, Map};
+use crate::kernel::map::{self, Map, Target};
 use crate::kernel::sums::{Columns, RowBlock};
 use crate::moments::MergeWeights;
 use crate::scratch::{Need, Scratch};
-use crate::simd::{Dispatched, Isa, Kernel, dispatch};
+use crate::simd::{Dispatched, Isa, Kernel, MAX_LANES, dispatch};
 
 /// Parameters of the terms that a reduction of rows may have.
 const TERM_PARAMS: usize = 2;
@@ -56,7 +56,7 @@ pub(crate) trait Application<E: Element, const K: usize>: Sync {
     /// The map.
     fn map<I: Isa>(&self) -> impl Map<I, K, Element = E>;
     /// Where its values go.
-    fn to(&self) -> *mut E;
+    fn target(&self) -> Target<E>;
 }
 
 /// How a pass runs.
@@ -65,6 +65,8 @@ pub(crate) struct Context {
     pub(crate) geometry: Geometry,
     pub(crate) tier: Dispatched,
     pub(crate) workers: usize,
+    /// Whether two channels fit a cache of a core, so that the next one may be fetched early.
+    pub(crate) prefetch: bool,
 }
 
 impl Context {
@@ -114,15 +116,18 @@ impl Context {
             Geometry::Planar(planar) if self.by_channel(planar) => {
                 for_each_piece(self.workers, planar.channels, |_, channels| {
                     let (close, element) = (&close, PhantomData);
-                    dispatch(self.tier, Channels { planar, channels, reduction, application, close, element });
+                    let prefetch = self.prefetch;
+                    dispatch(
+                        self.tier,
+                        Channels { planar, channels, reduction, application, close, prefetch, element },
+                    );
                 });
             }
             Geometry::Planar(planar) => {
                 self.reduce_planar(planar, reduction, wide);
                 let coefficients: &mut [[E::Param; K]] = narrow.as_chunks_mut().0;
                 close_planar::<E, R, S>(planar, wide, |c, values| coefficients[c] = close(c, values));
-                let coefficients = &*coefficients;
-                self.apply_planar(planar, application, |c| coefficients[c]);
+                self.apply_planar(planar, application, coefficients);
             }
             Geometry::Rows(rows) => {
                 let (coefficients, work) = narrow.split_at_mut(K * rows.padded());
@@ -169,7 +174,7 @@ impl Context {
     pub(crate) unsafe fn apply<E, A, const K: usize>(
         self,
         application: &A,
-        given: impl Fn(usize) -> A::Given + Sync,
+        given: impl Fn(usize) -> A::Given,
         scratch: &mut Scratch<E::Param>,
     ) where
         E: Element,
@@ -178,7 +183,11 @@ impl Context {
         let (_, narrow) = scratch.parts(self.need::<0, K>());
         match self.geometry {
             Geometry::Planar(planar) => {
-                self.apply_planar(planar, application, |c| application.coefficients(c, given(c)));
+                let coefficients: &mut [[E::Param; K]] = narrow.as_chunks_mut().0;
+                for (c, coefficients) in coefficients.iter_mut().enumerate() {
+                    *coefficients = application.coefficients(c, given(c));
+                }
+                self.apply_planar(planar, application, coefficients);
             }
             Geometry::Rows(rows) => {
                 let out = Disjoint::new(narrow);
@@ -210,11 +219,11 @@ impl Context {
         self,
         planar: Planar,
         application: &A,
-        coefficients: impl Fn(usize) -> [E::Param; K] + Sync,
+        coefficients: &[[E::Param; K]],
     ) {
-        for_each_piece(self.workers, planar.channels * planar.blocks(), |_, blocks| {
-            let (coefficients, element) = (&coefficients, PhantomData);
-            dispatch(self.tier, PlanarMap { planar, blocks, application, coefficients, element });
+        let cuts = planar.plane.div_ceil(MAP_STRETCH).max(1);
+        for_each_piece(self.workers, planar.planes * planar.channels * cuts, |_, parts| {
+            dispatch(self.tier, PlanarMap::<E, A, K> { planar, cuts, parts, application, coefficients });
         });
     }
 
@@ -289,8 +298,15 @@ fn close_planar<E: Element, R: Reduction<E, S>, const S: usize>(
 unsafe fn set_columns<R: Copy, const K: usize>(rows: Rows, out: Disjoint<'_, R>, channel: usize, values: [R; K]) {
     for (k, value) in values.into_iter().enumerate() {
         for joined in 0..rows.joined() {
-            // SAFETY: a column of the channel.
-            unsafe { out.set(k * rows.padded() + joined * rows.channels + channel, value) };
+            let column = joined * rows.channels + channel;
+            // SAFETY: columns of the channel.
+            unsafe {
+                out.set(k * rows.padded() + column, value);
+                // The first columns stand once more after the last.
+                if column < MAX_LANES {
+                    out.set(k * rows.padded() + rows.period() + column, value);
+                }
+            }
         }
     }
 }
@@ -323,6 +339,8 @@ struct Channels<'a, E, R, A, F, const S: usize, const K: usize> {
     reduction: &'a R,
     application: &'a A,
     close: &'a F,
+    /// Whether to fetch the next channel while this one is written.
+    prefetch: bool,
     element: PhantomData<E>,
 }
 
@@ -336,7 +354,11 @@ where
     type Output = ();
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
+        let target = self.application.target();
+        let end = self.channels.end;
         for c in self.channels {
+            // The plane of the next channel follows that of this one.
+            let ahead = if self.prefetch && c + 1 < end { self.planar.plane } else { 0 };
             let mut total = Merged::<E, R, S>::new();
             for b in 0..self.planar.blocks() {
                 let runs = self.planar.block(c, b);
@@ -349,8 +371,11 @@ where
             for b in (0..self.planar.blocks()).rev() {
                 let runs = self.planar.block(c, b);
                 // SAFETY: the runs come from the grid, and no other piece has this channel.
-                unsafe { map::over_runs(isa, &map, coefficients, runs, self.application.to()) };
+                unsafe { map::over_runs(isa, &map, coefficients, runs, target, ahead) };
             }
+        }
+        if target.streaming {
+            isa.fence();
         }
     }
 }
@@ -377,39 +402,32 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Kernel for PlanarBlocks<'_,
     }
 }
 
-/// The second half for a range of the blocks of all channels, channel by channel.
-struct PlanarMap<'a, E, A, F, const K: usize> {
+/// The second half for a range of the planes in the order of memory, each cut into `cuts` parts.
+struct PlanarMap<'a, E: Element, A, const K: usize> {
     planar: Planar,
-    blocks: Range<usize>,
+    cuts: usize,
+    parts: Range<usize>,
     application: &'a A,
-    coefficients: &'a F,
-    element: PhantomData<E>,
+    coefficients: &'a [[E::Param; K]],
 }
 
-impl<E, A, F, const K: usize> Kernel for PlanarMap<'_, E, A, F, K>
-where
-    E: Element,
-    A: Application<E, K>,
-    F: Fn(usize) -> [E::Param; K],
-{
+impl<E: Element, A: Application<E, K>, const K: usize> Kernel for PlanarMap<'_, E, A, K> {
     type Output = ();
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let per_channel = self.planar.blocks();
         let map = self.application.map::<I>();
-        let mut blocks = self.blocks;
-        while let Some(block) = blocks.next() {
-            let (c, mut b) = (block / per_channel, block % per_channel);
-            let coefficients = (self.coefficients)(c);
-            loop {
-                let runs = self.planar.block(c, b);
-                // SAFETY: the runs come from the grid, and no other piece has this block.
-                unsafe { map::over_runs(isa, &map, coefficients, runs, self.application.to()) };
-                b += 1;
-                if b == per_channel || blocks.next().is_none() {
-                    break;
-                }
-            }
+        let target = self.application.target();
+        let Planar { plane, channels, .. } = self.planar;
+        // Backwards: the end of the tensor was read last.
+        for part in self.parts.rev() {
+            let (index, from) = (part / self.cuts, part % self.cuts * MAP_STRETCH);
+            let len = MAP_STRETCH.min(plane - from);
+            let run = Runs { start: index * plane + from, len, count: 1, stride: 0 };
+            // SAFETY: a part of a plane, and no other piece has it.
+            unsafe { map::over_runs(isa, &map, self.coefficients[index % channels], run, target, 0) };
+        }
+        if target.streaming {
+            isa.fence();
         }
     }
 }
@@ -519,14 +537,17 @@ impl<E: Element, A: Application<E, K>, const K: usize> Kernel for RowsMap<'_, E,
     fn run<I: Isa>(self, isa: I) {
         let channels = self.rows.channels;
         let map = self.application.map::<I>();
+        let target = self.application.target();
         // Backwards: the end of the tensor was read last.
         for i in self.stretches.rev() {
             let first = i * self.stretch;
             let rows = self.stretch.min(self.rows.rows - first);
             let (start, len) = (first * channels, rows * channels);
-            let to = self.application.to();
             // SAFETY: the rows come from the grid, and no other piece has them.
-            unsafe { map::over_rows(isa, &map, self.coefficients, self.rows.period(), start, len, to) };
+            unsafe { map::over_rows(isa, &map, self.coefficients, self.rows.period(), (start, len), target) };
+        }
+        if target.streaming {
+            isa.fence();
         }
     }
 }

@@ -12,6 +12,26 @@ use crate::scratch::{Need, Pool};
 use crate::shape::Shape;
 use crate::simd::{Dispatched, Tier};
 
+/// How the results of a pass go to memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Stores {
+    /// Past the caches where the tensor is far larger than them, and through them otherwise.
+    #[default]
+    Auto,
+    /// Through the caches: for a tensor that is read again at once.
+    Cached,
+    /// Past the caches, where the tier can and the pass is not in place: for a tensor that is read much later.
+    Streaming,
+}
+
+/// Bytes of a tensor from which on it is stored past the caches.
+const STREAM: usize = 32 << 20;
+/// Bytes of the runs of a tensor from which on streaming pays: it wants whole lines.
+const STREAM_RUN: usize = 512;
+/// Bytes of two channels up to which the next one is fetched early: they and the result share a second-level cache.
+const PREFETCH: usize = 1 << 20;
+
 /// The trained scale and offset of each channel, `C` values each; `None` stands for ones and for zeros.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Affine<'a, P> {
@@ -87,6 +107,7 @@ pub struct BatchNorm<E: Element> {
     eps: f64,
     tier: Dispatched,
     parallelism: Parallelism,
+    stores: Stores,
     pool: Pool<E::Param>,
 }
 
@@ -109,6 +130,7 @@ impl<E: Element> BatchNorm<E> {
             eps: 1e-5,
             tier: Dispatched::new(Tier::best())?,
             parallelism: Parallelism::Auto,
+            stores: Stores::Auto,
             pool: Pool::new(),
         })
     }
@@ -134,6 +156,12 @@ impl<E: Element> BatchNorm<E> {
     #[must_use]
     pub fn with_parallelism(self, parallelism: Parallelism) -> Self {
         Self { parallelism, ..self }
+    }
+
+    /// How results go to memory. It changes the speed and no bit of the results.
+    #[must_use]
+    pub fn with_stores(self, stores: Stores) -> Self {
+        Self { stores, ..self }
     }
 
     /// The same options for another shape, such as the last, smaller batch.
@@ -191,7 +219,19 @@ impl<E: Element> BatchNorm<E> {
 
     fn context(&self) -> Context {
         let workers = self.parallelism.workers(self.shape.len() * size_of::<E>());
-        Context { geometry: self.geometry, tier: self.tier, workers }
+        let prefetch = 2 * self.shape.count() * size_of::<E>() <= PREFETCH;
+        Context { geometry: self.geometry, tier: self.tier, workers, prefetch }
+    }
+
+    /// Whether a pass stores past the caches. In place the lines are at hand anyway.
+    fn streams(&self, io: &InOut<'_, E>) -> bool {
+        let output = self.shape.len() * size_of::<E>();
+        !io.is_in_place()
+            && match self.stores {
+                Stores::Cached => false,
+                Stores::Streaming => true,
+                Stores::Auto => output >= STREAM && self.geometry.run() * size_of::<E>() >= STREAM_RUN,
+            }
     }
 
     fn check_tensor(&self, what: &'static str, got: &[E]) -> Result<()> {
@@ -263,7 +303,7 @@ impl<E: Element> BatchNorm<E> {
             unsafe { record.set(c, &moments, eps) }
         };
         let reduction = MomentsOf { x: io.from, count: self.shape.count() as u64, close };
-        let application = NormalizeTo { io, affine };
+        let application = NormalizeTo { io, affine, streaming: self.streams(&io) };
         self.pool.with(context.need::<3, 3>(), |scratch| {
             // SAFETY: the tensors have the shape's length, and this call borrows them and `saved`.
             unsafe { context.run(&reduction, &application, scratch) }
@@ -331,9 +371,10 @@ impl<E: Element> BatchNorm<E> {
             return;
         }
         let context = self.context();
+        let application = NormalizeTo { io, affine, streaming: self.streams(&io) };
         self.pool.with(context.need::<0, 3>(), |scratch| {
             // SAFETY: the tensors have the shape's length, and the caller borrows them.
-            unsafe { context.apply(&NormalizeTo { io, affine }, statistics, scratch) }
+            unsafe { context.apply(&application, statistics, scratch) }
         });
     }
 
@@ -426,7 +467,7 @@ impl<E: Element> BatchNorm<E> {
             });
             return Ok(());
         };
-        let application = InputGradientTo { x, io, saved, gamma, count };
+        let application = InputGradientTo { x, io, saved, gamma, count, streaming: self.streams(&io) };
         self.pool.with(context.need::<2, 6>(), |scratch| {
             // SAFETY: the tensors have the shape's length, and this call borrows them and the gradients.
             unsafe { context.run(&reduction, &application, scratch) }
@@ -587,7 +628,8 @@ impl<E: Element> BatchNorm<E> {
             return Ok(());
         }
         let context = self.context();
-        let application = InputGradientTo { x: Source::new(x), io, saved, gamma, count: saved.count };
+        let (x, streaming) = (Source::new(x), self.streams(&io));
+        let application = InputGradientTo { x, io, saved, gamma, count: saved.count, streaming };
         self.pool.with(context.need::<0, 6>(), |scratch| {
             // SAFETY: the tensors have the shape's length, and this call borrows them.
             unsafe { context.apply(&application, |c| sums[c], scratch) }

@@ -3,7 +3,9 @@
 
 mod common;
 
-use batchnorm::{Affine, Element, GradientSums, Gradients, Moments, Parallelism, Population, Real, Saved, Shape, Tier};
+use batchnorm::{
+    Affine, Element, GradientSums, Gradients, Moments, Parallelism, Population, Real, Saved, Shape, Stores, Tier,
+};
 use batchnorm::{BatchNorm, reference};
 use common::{Bits, Data, Misaligned, assert_bits, in_pool, plan, tiers};
 use proptest::prelude::*;
@@ -18,13 +20,24 @@ struct Case {
     threads: usize,
     gamma: bool,
     beta: bool,
+    stores: Stores,
 }
 
 fn cases() -> impl Strategy<Value = Case> {
     let data = (0..Data::ALL.len()).prop_map(|i| Data::ALL[i]);
     let threads = prop_oneof![Just(1usize), Just(2), Just(3), Just(7)];
-    (common::shapes(), data, any::<u64>(), 0usize..16, threads, any::<bool>(), any::<bool>()).prop_map(
-        |(shape, data, seed, offset, threads, gamma, beta)| Case { shape, data, seed, offset, threads, gamma, beta },
+    let stores = prop_oneof![Just(Stores::Cached), Just(Stores::Streaming)];
+    (common::shapes(), data, any::<u64>(), 0usize..16, threads, any::<bool>(), any::<bool>(), stores).prop_map(
+        |(shape, data, seed, offset, threads, gamma, beta, stores)| Case {
+            shape,
+            data,
+            seed,
+            offset,
+            threads,
+            gamma,
+            beta,
+            stores,
+        },
     )
 }
 
@@ -66,7 +79,7 @@ fn check<E: Bits>(case: &Case)
 where
     E::Param: Bits,
 {
-    let Case { shape, data, seed, offset, threads, gamma, beta } = case.clone();
+    let Case { shape, data, seed, offset, threads, gamma, beta, stores } = case.clone();
     let (c, eps) = (shape.channels(), 1e-5);
     let (x, dy) = (data.fill::<E>(shape.len(), seed), Data::Normal.fill::<E>(shape.len(), seed ^ 1));
     let (g, b) = (Data::Normal.fill::<E::Param>(c, seed ^ 2), Data::Normal.fill::<E::Param>(c, seed ^ 3));
@@ -90,7 +103,7 @@ where
     };
     let (x, dy) = (Misaligned::new(&x, offset), Misaligned::new(&dy, offset));
     for tier in tiers() {
-        let bn = plan::<E>(shape, tier, Parallelism::Threads(threads)).with_eps(eps).unwrap();
+        let bn = plan::<E>(shape, tier, Parallelism::Threads(threads)).with_eps(eps).unwrap().with_stores(stores);
         in_pool(threads, || check_tier(&bn, tier, &x, &dy, affine, population, &expected));
     }
 }
@@ -199,6 +212,7 @@ where
                 threads: [1, 2, 3, 7][i % 4],
                 gamma: i % 3 != 0,
                 beta: i % 4 != 0,
+                stores: [Stores::Cached, Stores::Streaming][i % 2],
             };
             check::<E>(&case);
         }

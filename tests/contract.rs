@@ -437,7 +437,14 @@ macro_rules! for_each_element {
     )*};
 }
 
-for_each_element!(wrong_lengths, empty_batches, bad_statistics, special_values, one_value_per_channel, constant_channels);
+for_each_element!(
+    wrong_lengths,
+    empty_batches,
+    bad_statistics,
+    special_values,
+    one_value_per_channel,
+    constant_channels
+);
 
 #[test]
 fn shapes_that_fit_no_slice() {
@@ -452,7 +459,7 @@ fn shapes_that_fit_no_slice() {
         &[0, usize::MAX, 2],
         &[usize::MAX, 2, 0],
         &[2, usize::MAX, 0, 3],
-        &[half, 0usize.max(half), half, 0],
+        &[half, 3, half, 0],
     ];
     for dims in dims {
         for layout in [Layout::ChannelsFirst, Layout::ChannelsLast] {
@@ -560,7 +567,7 @@ fn parts_that_do_not_fit() {
 fn messages_say_what_was_expected_and_got() {
     let parts: [(Error, &[&str]); 12] = [
         (length("dgamma", 64, 63), &["`dgamma`", "64", "63"]),
-        (Error::ShapeOverflow { dims: vec![2, usize::MAX] }, &["[2, 18446744073709551615]", "isize::MAX"]),
+        (Error::ShapeOverflow { dims: vec![2, 3] }, &["[2, 3]", "isize::MAX"]),
         (Error::ZeroChannels, &["at least one channel", "zero"]),
         (Error::EmptyBatch { batch: 0, spatial: 49 }, &["at least one value", "batch 0", "spatial size 49"]),
         (Error::Eps { got: -0.5 }, &["eps", "finite", "at least 0", "-0.5"]),

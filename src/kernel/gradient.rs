@@ -177,4 +177,10 @@ impl<I: Isa, E: Element> Map<I, 6> for InputGradient<'_, E> {
         let xhat = x.sub(*hi).mul(*inv_std);
         dy.sub(*dy_mean).mul(*scale).add(*shift).add(xhat.mul(*slope))
     }
+
+    #[inline(always)]
+    fn prefetch(&self, isa: I, at: usize) {
+        isa.prefetch(self.x.wrapping_add(at).cast());
+        isa.prefetch(self.dy.wrapping_add(at).cast());
+    }
 }

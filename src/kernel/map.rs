@@ -1,8 +1,11 @@
 //! One value per element, over the runs of a channel or over rows of channels.
+//!
+//! The values do not depend on where a vector begins, so vectors in the middle begin where stores are aligned, and
+//! the first and the last one overlap them.
 
 use crate::element::Element;
 use crate::grid::Runs;
-use crate::simd::{Compute, Isa, Storage as _, Vector};
+use crate::simd::{Compute, Isa, MAX_LANES, Storage as _, Vector};
 
 /// A value per element, made of `K` parameters of the channel.
 pub(crate) trait Map<I: Isa, const K: usize> {
@@ -20,59 +23,163 @@ pub(crate) trait Map<I: Isa, const K: usize> {
         at: usize,
         n: usize,
     ) -> Compute<I, Self::Element>;
+
+    /// Asks the caches for the elements around `at`, which may lie anywhere.
+    fn prefetch(&self, isa: I, at: usize);
 }
 
-/// Writes the elements `start..start + len` with the same parameters.
+/// Where values go, and how.
+#[derive(Clone, Copy)]
+pub(crate) struct Target<E> {
+    pub(crate) to: *mut E,
+    /// Past the caches; never in place.
+    pub(crate) streaming: bool,
+}
+
+impl<E: Element> Target<E> {
+    /// How many elements from `at` come before the first one at a multiple of a stored vector of `lanes`; none where no
+    /// element is.
+    #[inline(always)]
+    fn unaligned(&self, at: usize, lanes: usize) -> Option<usize> {
+        let address = self.to.wrapping_add(at) as usize;
+        let bytes = address.wrapping_neg() % (lanes * size_of::<E>());
+        bytes.is_multiple_of(size_of::<E>()).then_some(bytes / size_of::<E>())
+    }
+}
+
+/// The parameters of one vector after another.
+trait Parameters<I: Isa, E: Element, const K: usize> {
+    /// Goes to the vector that begins with element `i` of the span.
+    fn seek(&mut self, i: usize);
+    /// The parameters of the vector, which is then passed over.
+    fn next(&mut self, isa: I) -> [Compute<I, E>; K];
+}
+
+/// The same for all elements.
+struct Same<V, const K: usize>([V; K]);
+
+impl<I: Isa, E: Element, const K: usize> Parameters<I, E, K> for Same<Compute<I, E>, K> {
+    #[inline(always)]
+    fn seek(&mut self, _: usize) {}
+    #[inline(always)]
+    fn next(&mut self, _: I) -> [Compute<I, E>; K] {
+        self.0
+    }
+}
+
+/// Those of the columns that repeat with `period`, as [`over_rows`] has them.
+struct Periodic<'a, R> {
+    params: &'a [R],
+    period: usize,
+    column: usize,
+}
+
+impl<I: Isa, E: Element, const K: usize> Parameters<I, E, K> for Periodic<'_, E::Param> {
+    #[inline(always)]
+    fn seek(&mut self, i: usize) {
+        self.column = i % self.period;
+    }
+    #[inline(always)]
+    fn next(&mut self, isa: I) -> [Compute<I, E>; K] {
+        let padded = self.params.len() / K;
+        let mut vectors = [Compute::<I, E>::splat(isa, Default::default()); K];
+        for (k, vector) in vectors.iter_mut().enumerate() {
+            // SAFETY: the column lies below the period, and a vector more lies below `padded`, see `over_rows`.
+            *vector = unsafe { Compute::<I, E>::load(isa, self.params.as_ptr().add(k * padded + self.column)) };
+        }
+        self.column += Compute::<I, E>::LANES;
+        if self.column >= self.period {
+            self.column -= self.period;
+        }
+        vectors
+    }
+}
+
+/// Writes the elements `start..start + len`, and prefetches those `ahead` of them, none for 0. Stores are aligned but
+/// for the first and the last vector.
 #[inline(always)]
-unsafe fn contiguous<I: Isa, M: Map<I, K>, const K: usize>(
+unsafe fn span<I: Isa, M: Map<I, K>, P: Parameters<I, M::Element, K>, const K: usize, const STREAM: bool>(
     isa: I,
     map: &M,
-    params: &[Compute<I, M::Element>; K],
-    start: usize,
-    len: usize,
-    to: *mut M::Element,
+    params: &mut P,
+    (start, len): (usize, usize),
+    target: Target<M::Element>,
+    ahead: usize,
 ) {
     let lanes = Compute::<I, M::Element>::LANES;
-    let mut i = 0;
-    // SAFETY: all elements lie inside the run, which is the caller's promise.
+    // SAFETY: all elements lie inside the span, which is the caller's promise.
     unsafe {
+        let to = target.to.add(start);
+        params.seek(0);
+        if len < lanes {
+            let value = map.at::<false>(isa, &params.next(isa), start, len);
+            return M::Element::store_first(isa, value, to, len);
+        }
+        // Both are loaded before anything is stored, because in place they overlap what the loop writes.
+        let first = map.at::<true>(isa, &params.next(isa), start, lanes);
+        params.seek(len - lanes);
+        let last = map.at::<true>(isa, &params.next(isa), start + len - lanes, lanes);
+        let aligned = target.unaligned(start, lanes);
+        let head = aligned.unwrap_or(0);
+        let stream = STREAM && aligned.is_some();
+        let mut i = head;
+        params.seek(i);
         while i + lanes <= len {
-            let value = map.at::<true>(isa, params, start + i, lanes);
-            M::Element::store(isa, value, to.add(start + i));
+            if ahead > 0 {
+                map.prefetch(isa, start + i + ahead);
+            }
+            let value = map.at::<true>(isa, &params.next(isa), start + i, lanes);
+            if stream {
+                M::Element::stream(isa, value, to.add(i));
+            } else {
+                M::Element::store(isa, value, to.add(i));
+            }
             i += lanes;
         }
+        if head > 0 {
+            // The rest of this vector would fetch a streamed line again.
+            M::Element::store_first(isa, first, to, head);
+        }
         if i < len {
-            let value = map.at::<false>(isa, params, start + i, len - i);
-            M::Element::store_first(isa, value, to.add(start + i), len - i);
+            M::Element::store(isa, last, to.add(len - lanes));
         }
     }
 }
 
-/// Writes the elements of all runs; `params` are the channel's.
+/// Writes the elements of all runs; `params` are the channel's. The elements `ahead` of them are prefetched, none for 0.
 ///
 /// # Safety
-/// The runs lie inside the tensors that `map` was made for and the one at `to`, and nothing else accesses those
-/// elements of `to` meanwhile.
+/// The runs lie inside the tensors that `map` was made for and the one of `target`, and nothing else accesses those
+/// elements of it meanwhile.
 #[inline(always)]
 pub(crate) unsafe fn over_runs<I: Isa, M: Map<I, K>, const K: usize>(
     isa: I,
     map: &M,
     params: [<M::Element as Element>::Param; K],
     runs: Runs,
-    to: *mut M::Element,
+    target: Target<M::Element>,
+    ahead: usize,
 ) {
-    let mut vectors = [Compute::<I, M::Element>::splat(isa, Default::default()); K];
+    let mut same = Same([Compute::<I, M::Element>::splat(isa, Default::default()); K]);
     for k in 0..K {
-        vectors[k] = Compute::<I, M::Element>::splat(isa, params[k]);
+        same.0[k] = Compute::<I, M::Element>::splat(isa, params[k]);
     }
     for run in 0..runs.count {
+        let at = (runs.start + run * runs.stride, runs.len);
         // SAFETY: the caller's promise.
-        unsafe { contiguous(isa, map, &vectors, runs.start + run * runs.stride, runs.len, to) }
+        unsafe {
+            if target.streaming {
+                span::<I, M, _, K, true>(isa, map, &mut same, at, target, ahead);
+            } else {
+                span::<I, M, _, K, false>(isa, map, &mut same, at, target, ahead);
+            }
+        }
     }
 }
 
 /// Writes `len` elements from `start`, which begins a row; parameter `k` of column `c` is at `k * padded + c` of
-/// `params`, the columns repeating with `period`.
+/// `params`. The columns repeat with `period`, at least a vector, and the first ones stand once more after the last, so
+/// that a vector may begin anywhere.
 ///
 /// # Safety
 /// As [`over_runs`], for those elements.
@@ -82,34 +189,17 @@ pub(crate) unsafe fn over_rows<I: Isa, M: Map<I, K>, const K: usize>(
     map: &M,
     params: &[<M::Element as Element>::Param],
     period: usize,
-    start: usize,
-    len: usize,
-    to: *mut M::Element,
+    at: (usize, usize),
+    target: Target<M::Element>,
 ) {
-    let lanes = Compute::<I, M::Element>::LANES;
-    let padded = params.len() / K;
-    assert!(period.next_multiple_of(lanes) <= padded);
-    let mut vectors = [Compute::<I, M::Element>::splat(isa, Default::default()); K];
-    let mut row = 0;
-    while row < len {
-        let width = period.min(len - row);
-        let mut c = 0;
-        while c < width {
-            let n = (width - c).min(lanes);
-            // SAFETY: c + lanes lies below `padded` by the assertion; the elements are the caller's promise.
-            unsafe {
-                for (k, vector) in vectors.iter_mut().enumerate() {
-                    *vector = Compute::<I, M::Element>::load(isa, params.as_ptr().add(k * padded + c));
-                }
-                let at = start + row + c;
-                if n == lanes {
-                    M::Element::store(isa, map.at::<true>(isa, &vectors, at, n), to.add(at));
-                } else {
-                    M::Element::store_first(isa, map.at::<false>(isa, &vectors, at, n), to.add(at), n);
-                }
-            }
-            c += lanes;
+    assert!(period >= MAX_LANES && period + MAX_LANES <= params.len() / K);
+    let mut periodic = Periodic { params, period, column: 0 };
+    // SAFETY: the caller's promise.
+    unsafe {
+        if target.streaming {
+            span::<I, M, _, K, true>(isa, map, &mut periodic, at, target, 0);
+        } else {
+            span::<I, M, _, K, false>(isa, map, &mut periodic, at, target, 0);
         }
-        row += width;
     }
 }

@@ -42,4 +42,9 @@ impl<I: Isa, E: Element> Map<I, 3> for Normalize<'_, E> {
         let x = unsafe { if FULL { E::load(isa, self.x.add(at)) } else { E::load_first(isa, self.x.add(at), n, *hi) } };
         x.sub(*hi).mul(*scale).add(*shift)
     }
+
+    #[inline(always)]
+    fn prefetch(&self, isa: I, at: usize) {
+        isa.prefetch(self.x.wrapping_add(at).cast());
+    }
 }

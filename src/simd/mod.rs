@@ -30,6 +30,11 @@ pub trait Isa: Copy + Send + Sync {
     /// 8 lanes of f64.
     type F64: Vector<Self, Scalar = f64>;
 
+    /// Asks the caches for the line at `at`, which may be any address.
+    fn prefetch(self, at: *const u8);
+    /// Makes streamed stores visible to other threads in order.
+    fn fence(self);
+
     /// Loads 16 bf16 values given by their bits.
     ///
     /// # Safety
@@ -54,6 +59,12 @@ pub trait Isa: Copy + Send + Sync {
     /// 16 values can be written to `to`; no alignment is asked for.
     #[cfg(feature = "half")]
     unsafe fn store_f16(self, value: Self::F32, to: *mut u16);
+    /// Stores 32 bytes past the caches, where the tier can.
+    ///
+    /// # Safety
+    /// 16 values can be read from `from` and written to `to`, which is aligned to 32 bytes.
+    #[cfg(feature = "half")]
+    unsafe fn stream_bits(self, from: &[u16; MAX_LANES], to: *mut u16);
 }
 
 /// A logical vector. Memory operations ask for no alignment.
@@ -80,6 +91,11 @@ pub trait Vector<I: Isa>: Copy {
     /// # Safety
     /// `LANES` values can be written to `to`.
     unsafe fn store(self, to: *mut Self::Scalar);
+    /// Stores all lanes past the caches, where the tier can.
+    ///
+    /// # Safety
+    /// `LANES` values can be written to `to`, which is aligned to the size of the vector.
+    unsafe fn stream(self, to: *mut Self::Scalar);
     /// Stores the first `n < LANES` lanes.
     ///
     /// # Safety
@@ -132,6 +148,11 @@ pub trait Storage: Sized {
     /// # Safety
     /// As [`Vector::store`].
     unsafe fn store<I: Isa>(isa: I, value: Compute<I, Self>, to: *mut Self);
+    /// Rounds and stores one vector past the caches, where the tier can.
+    ///
+    /// # Safety
+    /// As [`Vector::store`], and `to` is aligned to the size of a stored vector.
+    unsafe fn stream<I: Isa>(isa: I, value: Compute<I, Self>, to: *mut Self);
     /// Rounds and stores the first `n` lanes.
     ///
     /// # Safety
@@ -160,6 +181,11 @@ macro_rules! plain_storage {
             unsafe fn store<I: Isa>(_: I, value: Compute<I, $t>, to: *mut $t) {
                 // SAFETY: the caller's promise is the callee's.
                 unsafe { value.store(to) }
+            }
+            #[inline(always)]
+            unsafe fn stream<I: Isa>(_: I, value: Compute<I, $t>, to: *mut $t) {
+                // SAFETY: the caller's promise is the callee's.
+                unsafe { value.stream(to) }
             }
             #[inline(always)]
             unsafe fn store_first<I: Isa>(_: I, value: Compute<I, $t>, to: *mut $t, n: usize) {
@@ -197,6 +223,15 @@ macro_rules! half_storage {
             unsafe fn store<I: Isa>(isa: I, value: I::F32, to: *mut $t) {
                 // SAFETY: the caller's promise is the callee's; the type is a transparent u16.
                 unsafe { isa.$store(value, to.cast()) }
+            }
+            #[inline(always)]
+            unsafe fn stream<I: Isa>(isa: I, value: I::F32, to: *mut $t) {
+                let mut bits = [0u16; MAX_LANES];
+                // SAFETY: a whole vector lands in a buffer of LANES; the rest is the caller's promise.
+                unsafe {
+                    isa.$store(value, bits.as_mut_ptr());
+                    isa.stream_bits(&bits, to.cast());
+                }
             }
             #[inline(always)]
             unsafe fn store_first<I: Isa>(isa: I, value: I::F32, to: *mut $t, n: usize) {

@@ -13,6 +13,18 @@ impl Isa for Portable {
     type F32 = f32x16;
     type F64 = f64x8;
 
+    #[inline(always)]
+    fn prefetch(self, at: *const u8) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a hint; no address is wrong, and SSE is part of every x86-64.
+        unsafe {
+            core::arch::x86_64::_mm_prefetch::<{ core::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+        }
+        let _ = at;
+    }
+    #[inline(always)]
+    fn fence(self) {}
+
     #[cfg(feature = "half")]
     #[inline(always)]
     unsafe fn load_bf16(self, from: *const u16) -> f32x16 {
@@ -46,6 +58,12 @@ impl Isa for Portable {
         // SAFETY: 16 values can be written, as the caller promises.
         unsafe { to.cast::<[u16; 16]>().write_unaligned(bits) }
     }
+    #[cfg(feature = "half")]
+    #[inline(always)]
+    unsafe fn stream_bits(self, from: &[u16; 16], to: *mut u16) {
+        // SAFETY: 16 values can be written, as the caller promises.
+        unsafe { to.cast::<[u16; 16]>().write(*from) }
+    }
 }
 
 macro_rules! wide_vector {
@@ -74,6 +92,11 @@ macro_rules! wide_vector {
             unsafe fn store(self, to: *mut $scalar) {
                 // SAFETY: LANES values can be written, as the caller promises.
                 unsafe { to.cast::<[$scalar; $lanes]>().write_unaligned(self.to_array()) }
+            }
+            #[inline(always)]
+            unsafe fn stream(self, to: *mut $scalar) {
+                // SAFETY: the caller's promise is the callee's. There is no portable way past the caches.
+                unsafe { self.store(to) }
             }
             #[inline(always)]
             unsafe fn store_first(self, to: *mut $scalar, n: usize) {

@@ -2,7 +2,7 @@
 
 use core::arch::x86_64::*;
 
-use crate::simd::{Isa, Tier, Vector};
+use crate::simd::{Isa, MAX_LANES, Tier, Vector};
 
 /// Proof that the CPU has AVX2 and F16C.
 #[derive(Debug, Clone, Copy)]
@@ -26,6 +26,17 @@ impl Isa for Avx2 {
     const TIER: Tier = Tier::Avx2;
     type F32 = F32;
     type F64 = F64;
+
+    #[inline(always)]
+    fn prefetch(self, at: *const u8) {
+        // SAFETY: a hint; no address is wrong.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+    #[inline(always)]
+    fn fence(self) {
+        // SAFETY: SSE is part of every x86-64.
+        unsafe { _mm_sfence() }
+    }
 
     #[cfg(feature = "half")]
     #[inline(always)]
@@ -63,6 +74,12 @@ impl Isa for Avx2 {
             _mm_storeu_si128(to.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value.0[0]));
             _mm_storeu_si128(to.add(8).cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value.0[1]));
         }
+    }
+    #[cfg(feature = "half")]
+    #[inline(always)]
+    unsafe fn stream_bits(self, from: &[u16; MAX_LANES], to: *mut u16) {
+        // SAFETY: `self` proves AVX2; 32 bytes can be written and are aligned, as the caller promises.
+        unsafe { _mm256_stream_si256(to.cast(), _mm256_loadu_si256(from.as_ptr().cast())) }
     }
 }
 
@@ -137,6 +154,14 @@ impl Vector<Avx2> for F32 {
         }
     }
     #[inline(always)]
+    unsafe fn stream(self, to: *mut f32) {
+        // SAFETY: `self` proves AVX2; 16 aligned values can be written, as the caller promises.
+        unsafe {
+            _mm256_stream_ps(to, self.0[0]);
+            _mm256_stream_ps(to.add(8), self.0[1]);
+        }
+    }
+    #[inline(always)]
     unsafe fn store_first(self, to: *mut f32, n: usize) {
         let [a, b] = first_f32(Avx2(()), n);
         // SAFETY: `self` proves AVX2; masked lanes are not touched, the others can be written, as the caller promises.
@@ -204,6 +229,14 @@ impl Vector<Avx2> for F64 {
         unsafe {
             _mm256_storeu_pd(to, self.0[0]);
             _mm256_storeu_pd(to.add(4), self.0[1]);
+        }
+    }
+    #[inline(always)]
+    unsafe fn stream(self, to: *mut f64) {
+        // SAFETY: `self` proves AVX2; 8 aligned values can be written, as the caller promises.
+        unsafe {
+            _mm256_stream_pd(to, self.0[0]);
+            _mm256_stream_pd(to.add(4), self.0[1]);
         }
     }
     #[inline(always)]

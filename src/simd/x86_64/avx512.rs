@@ -2,7 +2,7 @@
 
 use core::arch::x86_64::*;
 
-use crate::simd::{Isa, Tier, Vector};
+use crate::simd::{Isa, MAX_LANES, Tier, Vector};
 
 /// Proof that the CPU has AVX-512 F, BW, DQ and VL.
 #[derive(Debug, Clone, Copy)]
@@ -32,6 +32,17 @@ impl Isa for Avx512 {
     const TIER: Tier = Tier::Avx512;
     type F32 = F32;
     type F64 = F64;
+
+    #[inline(always)]
+    fn prefetch(self, at: *const u8) {
+        // SAFETY: a hint; no address is wrong.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+    #[inline(always)]
+    fn fence(self) {
+        // SAFETY: SSE is part of every x86-64.
+        unsafe { _mm_sfence() }
+    }
 
     #[cfg(feature = "half")]
     #[inline(always)]
@@ -67,6 +78,12 @@ impl Isa for Avx512 {
         // SAFETY: `self` proves AVX-512; 16 values can be written, as the caller promises.
         unsafe { _mm256_storeu_si256(to.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value.0)) }
     }
+    #[cfg(feature = "half")]
+    #[inline(always)]
+    unsafe fn stream_bits(self, from: &[u16; MAX_LANES], to: *mut u16) {
+        // SAFETY: `self` proves AVX-512; 32 bytes can be written and are aligned, as the caller promises.
+        unsafe { _mm256_stream_si256(to.cast(), _mm256_loadu_si256(from.as_ptr().cast())) }
+    }
 }
 
 impl Vector<Avx512> for F32 {
@@ -93,6 +110,13 @@ impl Vector<Avx512> for F32 {
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: `self` proves AVX-512; 16 values can be written, as the caller promises.
         unsafe { _mm512_storeu_ps(to, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn stream(self, to: *mut f32) {
+        // SAFETY: `self` proves AVX-512; 16 aligned values can be written, as the caller promises.
+        unsafe {
+            _mm512_stream_ps(to, self.0);
+        }
     }
     #[inline(always)]
     unsafe fn store_first(self, to: *mut f32, n: usize) {
@@ -149,6 +173,13 @@ impl Vector<Avx512> for F64 {
     unsafe fn store(self, to: *mut f64) {
         // SAFETY: `self` proves AVX-512; 8 values can be written, as the caller promises.
         unsafe { _mm512_storeu_pd(to, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn stream(self, to: *mut f64) {
+        // SAFETY: `self` proves AVX-512; 8 aligned values can be written, as the caller promises.
+        unsafe {
+            _mm512_stream_pd(to, self.0);
+        }
     }
     #[inline(always)]
     unsafe fn store_first(self, to: *mut f64, n: usize) {
