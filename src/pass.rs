@@ -16,6 +16,8 @@ use crate::simd::{Dispatched, Isa, Kernel, MAX_LANES, dispatch};
 const TERM_PARAMS: usize = 2;
 /// Elements of the rows that are mapped at a stretch.
 const MAP_STRETCH: usize = 16384;
+/// The most channels of a batch.
+pub(crate) const BATCH: usize = 16;
 /// Merges of one channel that are worth another thread.
 const MERGES: usize = 65536;
 
@@ -65,7 +67,9 @@ pub(crate) struct Context {
     pub(crate) geometry: Geometry,
     pub(crate) tier: Dispatched,
     pub(crate) workers: usize,
-    /// Whether two channels fit a cache of a core, so that the next one may be fetched early.
+    /// Channels that a thread takes at once, at most [`BATCH`].
+    pub(crate) batch: usize,
+    /// Whether two batches fit a cache of a core, so that the next one may be fetched early.
     pub(crate) prefetch: bool,
 }
 
@@ -116,10 +120,10 @@ impl Context {
             Geometry::Planar(planar) if self.by_channel(planar) => {
                 for_each_piece(self.workers, planar.channels, |_, channels| {
                     let (close, element) = (&close, PhantomData);
-                    let prefetch = self.prefetch;
+                    let Context { batch, prefetch, .. } = self;
                     dispatch(
                         self.tier,
-                        Channels { planar, channels, reduction, application, close, prefetch, element },
+                        Channels { planar, channels, reduction, application, close, batch, prefetch, element },
                     );
                 });
             }
@@ -339,7 +343,9 @@ struct Channels<'a, E, R, A, F, const S: usize, const K: usize> {
     reduction: &'a R,
     application: &'a A,
     close: &'a F,
-    /// Whether to fetch the next channel while this one is written.
+    /// Channels that are reduced before the first of them is written: their latencies overlap.
+    batch: usize,
+    /// Whether to fetch the next batch while this one is written.
     prefetch: bool,
     element: PhantomData<E>,
 }
@@ -355,23 +361,32 @@ where
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
         let target = self.application.target();
+        let map = self.application.map::<I>();
         let end = self.channels.end;
-        for c in self.channels {
-            // The plane of the next channel follows that of this one.
-            let ahead = if self.prefetch && c + 1 < end { self.planar.plane } else { 0 };
-            let mut total = Merged::<E, R, S>::new();
-            for b in 0..self.planar.blocks() {
-                let runs = self.planar.block(c, b);
-                // SAFETY: the runs come from the grid.
-                total.add(unsafe { self.reduction.runs(isa, c, runs) }, runs.size());
+        for first in self.channels.step_by(self.batch) {
+            let last = (first + self.batch).min(end);
+            let (mut totals, mut coefficients) = ([[0.0; S]; BATCH], [[E::Param::default(); K]; BATCH]);
+            for (c, values) in (first..last).zip(&mut totals) {
+                let mut total = Merged::<E, R, S>::new();
+                for b in 0..self.planar.blocks() {
+                    let runs = self.planar.block(c, b);
+                    // SAFETY: the runs come from the grid.
+                    total.add(unsafe { self.reduction.runs(isa, c, runs) }, runs.size());
+                }
+                *values = total.values;
             }
-            let coefficients = (self.close)(c, total.values);
-            let map = self.application.map::<I>();
+            for (c, (coefficients, values)) in (first..last).zip(coefficients.iter_mut().zip(totals)) {
+                *coefficients = (self.close)(c, values);
+            }
             // Backwards: what was read last is still in the nearest cache.
-            for b in (0..self.planar.blocks()).rev() {
-                let runs = self.planar.block(c, b);
-                // SAFETY: the runs come from the grid, and no other piece has this channel.
-                unsafe { map::over_runs(isa, &map, coefficients, runs, target, ahead) };
+            for c in (first..last).rev() {
+                // The planes of the next channels follow those of these.
+                let ahead = if self.prefetch && c + self.batch < end { self.batch * self.planar.plane } else { 0 };
+                for b in (0..self.planar.blocks()).rev() {
+                    let runs = self.planar.block(c, b);
+                    // SAFETY: the runs come from the grid, and no other piece has this channel.
+                    unsafe { map::over_runs(isa, &map, coefficients[c - first], runs, target, ahead) };
+                }
             }
         }
         if target.streaming {

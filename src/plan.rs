@@ -6,7 +6,7 @@ use crate::error::{Error, Result, check_len};
 use crate::forward::{MomentsOf, NormalizeTo, Statistics};
 use crate::grid::{Disjoint, Geometry, InOut, Parallelism, Source};
 use crate::moments::{self, GradientSums, Moments, Saved, check_eps};
-use crate::pass::Context;
+use crate::pass::{BATCH, Context};
 use crate::running::{Momentum, Population, Running, Variance, check_variances};
 use crate::scratch::{Need, Pool};
 use crate::shape::Shape;
@@ -29,7 +29,9 @@ pub enum Stores {
 const STREAM: usize = 32 << 20;
 /// Bytes of the runs of a tensor from which on streaming pays: it wants whole lines.
 const STREAM_RUN: usize = 512;
-/// Bytes of two channels up to which the next one is fetched early: they and the result share a second-level cache.
+/// Bytes of the channels that a thread reduces before it writes the first of them.
+const BATCH_BYTES: usize = 128 << 10;
+/// Bytes of two batches up to which the next one is fetched early: they and the result share a second-level cache.
 const PREFETCH: usize = 1 << 20;
 
 /// The trained scale and offset of each channel, `C` values each; `None` stands for ones and for zeros.
@@ -219,8 +221,10 @@ impl<E: Element> BatchNorm<E> {
 
     fn context(&self) -> Context {
         let workers = self.parallelism.workers(self.shape.len() * size_of::<E>());
-        let prefetch = 2 * self.shape.count() * size_of::<E>() <= PREFETCH;
-        Context { geometry: self.geometry, tier: self.tier, workers, prefetch }
+        let channel = (self.shape.count() * size_of::<E>()).max(1);
+        let batch = (BATCH_BYTES / channel).clamp(1, BATCH);
+        let prefetch = 2 * batch * channel <= PREFETCH;
+        Context { geometry: self.geometry, tier: self.tier, workers, batch, prefetch }
     }
 
     /// Whether a pass stores past the caches. In place the lines are at hand anyway.

@@ -281,12 +281,13 @@ fn a_mean_between_two_floats() {
     assert_eq!((saved.mean()[0], saved.residue()[0]), (16777216.0, 0.5));
     assert_eq!((saved.var()[0], saved.inv_std()[0]), (6.75, 0.25));
     assert_eq!(y, [-0.625, 0.375, -0.625, 0.875]);
-    // dy = 1, 0, 0, 1: dbeta 2, dgamma -0.625 + 0.875; dx = (dy - 0.5 - xhat/16) / 4.
+    // dy = 1, 0, 0, 1: dbeta 2, dgamma -0.625 + 0.875; dx = (dy - 0.5 - xhat/16) / 4,
+    // in 512ths: 128 * 0.5 + 8 * 0.625, 128 * -0.5 - 8 * 0.375, ...
     let (mut dx, mut dgamma, mut dbeta) = ([0.0; 4], [0.0], [0.0]);
     let gradients = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
     bn.backward(&x, &[1.0, 0.0, 0.0, 1.0], &saved, None, gradients).unwrap();
     assert_eq!((dgamma, dbeta), ([0.25], [2.0]));
-    assert_eq!(dx, [0.134765625, -0.130859375, -0.115234375, 0.111328125]);
+    assert_eq!(dx.map(|dx| dx * 512.0), [69.0, -67.0, -59.0, 57.0]);
 }
 
 /// One rounding, to the nearest and ties to even, at the store; parameters and statistics are f32.

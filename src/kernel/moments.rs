@@ -6,11 +6,11 @@
 
 use core::marker::PhantomData;
 
-use super::sums::{self, Columns, RowBlock, Terms, fold_lanes};
+use super::sums::{self, Columns, RowBlock, Terms};
 use crate::element::{Element, Real};
 use crate::grid::Runs;
 use crate::moments::two_sum;
-use crate::simd::{Compute, Isa, Load, MAX_LANES, Native, Vector, Widened};
+use crate::simd::{Compute, Isa, Load, Native, Vector, Widened};
 
 /// Places of a block that its shift is made of.
 pub(crate) const SAMPLES: usize = 4;
@@ -101,15 +101,12 @@ unsafe fn shift_of_runs<I: Isa, E: Element>(isa: I, x: *const E, runs: Runs) -> 
         return mean_of_four(values);
     }
     let mut vectors = [Compute::<I, E>::splat(isa, Default::default()); SAMPLES];
-    let mut sums = [0f64; MAX_LANES];
-    // SAFETY: a whole vector from each place lies inside its run; the buffer holds MAX_LANES sums.
-    unsafe {
-        for (vector, place) in vectors.iter_mut().zip(places) {
-            *vector = E::load(isa, x.add(place));
-        }
-        sums::tree(vectors).add_widened(sums.as_mut_ptr());
+    for (vector, place) in vectors.iter_mut().zip(places) {
+        // SAFETY: a whole vector from each place lies inside its run.
+        *vector = unsafe { E::load(isa, x.add(place)) };
     }
-    let mean = fold_lanes(sums) * (1.0 / (SAMPLES * lanes) as f64);
+    let sum = Compute::<I, E>::fold(sums::tree(vectors).widen_onto(Compute::<I, E>::no_sums(isa)));
+    let mean = sum * (1.0 / (SAMPLES * lanes) as f64);
     if mean.is_finite() { E::Param::from_f64(mean) } else { values[0] }
 }
 

@@ -79,56 +79,63 @@ pub(crate) unsafe fn over_runs<I: Isa, T: Terms<I, K>, const K: usize>(
     }
     let params = vectors;
     let (mut a, mut b) = (zero, zero);
-    let (mut wide_a, mut wide_b) = ([0f64; MAX_LANES], [0f64; MAX_LANES]);
+    let (mut wide_a, mut wide_b) = (T::Vector::no_sums(isa), T::Vector::no_sums(isa));
     let mut groups = 0;
+    let whole = runs.len - runs.len % (GROUP * lanes);
     for run in 0..runs.count {
         let start = runs.start + run * runs.stride;
         let mut i = 0;
         while i < runs.len {
             let (mut ga, mut gb) = ([zero; GROUP], [zero; GROUP]);
-            // SAFETY: the elements asked for lie inside the run; the buffers hold MAX_LANES sums.
+            // SAFETY: the elements asked for lie inside the run.
             unsafe {
-                if i + GROUP * lanes <= runs.len {
+                if i < whole {
                     for j in 0..GROUP {
                         (ga[j], gb[j]) = terms.at::<true>(isa, &params, start + i + j * lanes, lanes);
                     }
                 } else {
-                    for j in 0..GROUP {
-                        let from = (i + j * lanes).min(runs.len);
-                        (ga[j], gb[j]) = some(isa, terms, &params, start + from, runs.len - from);
-                    }
+                    rest(isa, terms, &params, (start + i, runs.len - i), &mut ga, &mut gb);
                 }
-                a = a.add(tree(ga));
-                b = b.add(tree(gb));
-                groups += 1;
-                if groups == GROUPS {
-                    a.add_widened(wide_a.as_mut_ptr());
-                    b.add_widened(wide_b.as_mut_ptr());
-                    (a, b, groups) = (zero, zero, 0);
-                }
+            }
+            a = a.add(tree(ga));
+            b = b.add(tree(gb));
+            groups += 1;
+            if groups == GROUPS {
+                wide_a = a.widen_onto(wide_a);
+                wide_b = b.widen_onto(wide_b);
+                (a, b, groups) = (zero, zero, 0);
             }
             i += GROUP * lanes;
         }
     }
-    // SAFETY: the buffers hold MAX_LANES sums.
-    unsafe {
-        a.add_widened(wide_a.as_mut_ptr());
-        b.add_widened(wide_b.as_mut_ptr());
-    }
-    (fold_lanes(wide_a), fold_lanes(wide_b))
+    (T::Vector::fold(a.widen_onto(wide_a)), T::Vector::fold(b.widen_onto(wide_b)))
 }
 
-/// The sum of all lanes: the upper half is added to the lower one until one is left.
+/// The terms of the last group of a run: `n` elements from `at`, fewer than a whole group has. The number of whole vectors
+/// is the same for all runs, so the branches are learned.
 #[inline(always)]
-pub(crate) fn fold_lanes(mut lanes: [f64; MAX_LANES]) -> f64 {
-    let mut half = MAX_LANES / 2;
-    while half > 0 {
-        for i in 0..half {
-            lanes[i] += lanes[i + half];
+unsafe fn rest<I: Isa, T: Terms<I, K>, const K: usize>(
+    isa: I,
+    terms: &T,
+    params: &[T::Vector; K],
+    (at, n): (usize, usize),
+    a: &mut [T::Vector; GROUP],
+    b: &mut [T::Vector; GROUP],
+) {
+    let lanes = T::Vector::LANES;
+    // SAFETY: the caller's promise for n elements.
+    unsafe {
+        for j in 0..GROUP {
+            if n >= (j + 1) * lanes {
+                (a[j], b[j]) = terms.at::<true>(isa, params, at + j * lanes, lanes);
+            } else {
+                if n > j * lanes {
+                    (a[j], b[j]) = terms.at::<false>(isa, params, at + j * lanes, n - j * lanes);
+                }
+                break;
+            }
         }
-        half /= 2;
     }
-    lanes[0]
 }
 
 /// A block of rows of `channels`: `len` elements from `start`, rows joined to columns that repeat with `period`. Sums

@@ -71,6 +71,8 @@ pub trait Isa: Copy + Send + Sync {
 pub trait Vector<I: Isa>: Copy {
     /// The type of one lane.
     type Scalar: Copy + Default;
+    /// A lane of f64 for each lane.
+    type Wide: Copy;
     /// The number of lanes.
     const LANES: usize;
 
@@ -107,6 +109,12 @@ pub trait Vector<I: Isa>: Copy {
     fn sub(self, other: Self) -> Self;
     /// Lane-wise product.
     fn mul(self, other: Self) -> Self;
+    /// Each lane, widened to f64, added to the lane of its index of `sums`.
+    fn widen_onto(self, sums: Self::Wide) -> Self::Wide;
+    /// Zero in every lane.
+    fn no_sums(isa: I) -> Self::Wide;
+    /// The sum of all lanes: the upper half is added to the lower one until one is left.
+    fn fold(sums: Self::Wide) -> f64;
     /// Adds each lane, widened to f64, to the f64 of its index at `sums`.
     ///
     /// # Safety

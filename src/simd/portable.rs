@@ -70,6 +70,7 @@ macro_rules! wide_vector {
     ($vector:ty, $scalar:ty, $lanes:literal) => {
         impl Vector<Portable> for $vector {
             type Scalar = $scalar;
+            type Wide = [f64x8; $lanes / 8];
             const LANES: usize = $lanes;
 
             #[inline(always)]
@@ -114,6 +115,31 @@ macro_rules! wide_vector {
             #[inline(always)]
             fn mul(self, other: Self) -> Self {
                 self * other
+            }
+            #[inline(always)]
+            fn widen_onto(self, mut sums: [f64x8; $lanes / 8]) -> [f64x8; $lanes / 8] {
+                let lanes = self.to_array().map(f64::from);
+                for (sums, lanes) in sums.iter_mut().zip(lanes.as_chunks().0) {
+                    *sums += f64x8::new(*lanes);
+                }
+                sums
+            }
+            #[inline(always)]
+            fn no_sums(_: Portable) -> [f64x8; $lanes / 8] {
+                [f64x8::splat(0.0); $lanes / 8]
+            }
+            #[inline(always)]
+            fn fold(sums: [f64x8; $lanes / 8]) -> f64 {
+                let mut lanes = sums[0].to_array();
+                for sums in &sums[1..] {
+                    lanes = (f64x8::new(lanes) + *sums).to_array();
+                }
+                for half in [4, 2, 1] {
+                    for i in 0..half {
+                        lanes[i] += lanes[i + half];
+                    }
+                }
+                lanes[0]
             }
             #[inline(always)]
             unsafe fn add_widened(self, sums: *mut f64) {

@@ -122,6 +122,7 @@ fn first_f64(_: Avx2, n: usize) -> [__m256i; 2] {
 
 impl Vector<Avx2> for F32 {
     type Scalar = f32;
+    type Wide = [F64; 2];
     const LANES: usize = 16;
 
     #[inline(always)]
@@ -186,20 +187,38 @@ impl Vector<Avx2> for F32 {
         unsafe { Self([_mm256_mul_ps(self.0[0], o.0[0]), _mm256_mul_ps(self.0[1], o.0[1])]) }
     }
     #[inline(always)]
+    fn widen_onto(self, mut sums: [F64; 2]) -> [F64; 2] {
+        for (v, sums) in self.0.into_iter().zip(&mut sums) {
+            // SAFETY: `self` proves AVX2.
+            let (low, high) =
+                unsafe { (_mm256_cvtps_pd(_mm256_castps256_ps128(v)), _mm256_cvtps_pd(_mm256_extractf128_ps::<1>(v))) };
+            *sums = sums.add(F64([low, high]));
+        }
+        sums
+    }
+    #[inline(always)]
+    fn no_sums(isa: Avx2) -> [F64; 2] {
+        [F64::splat(isa, 0.0); 2]
+    }
+    #[inline(always)]
+    fn fold(sums: [F64; 2]) -> f64 {
+        F64::fold(sums[0].add(sums[1]))
+    }
+    #[inline(always)]
     unsafe fn add_widened(self, sums: *mut f64) {
         // SAFETY: `self` proves AVX2; 16 sums are at `sums`, as the caller promises.
         unsafe {
-            for (i, v) in self.0.into_iter().enumerate() {
-                let low = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
-                let high = _mm256_cvtps_pd(_mm256_extractf128_ps::<1>(v));
-                F64([low, high]).add_widened(sums.add(8 * i));
-            }
+            let isa = Avx2(());
+            let [low, high] = self.widen_onto([F64::load(isa, sums), F64::load(isa, sums.add(8))]);
+            low.store(sums);
+            high.store(sums.add(8));
         }
     }
 }
 
 impl Vector<Avx2> for F64 {
     type Scalar = f64;
+    type Wide = F64;
     const LANES: usize = 8;
 
     #[inline(always)]
@@ -262,6 +281,23 @@ impl Vector<Avx2> for F64 {
     fn mul(self, o: Self) -> Self {
         // SAFETY: `self` proves AVX2.
         unsafe { Self([_mm256_mul_pd(self.0[0], o.0[0]), _mm256_mul_pd(self.0[1], o.0[1])]) }
+    }
+    #[inline(always)]
+    fn widen_onto(self, sums: F64) -> F64 {
+        sums.add(self)
+    }
+    #[inline(always)]
+    fn no_sums(isa: Avx2) -> F64 {
+        Self::splat(isa, 0.0)
+    }
+    #[inline(always)]
+    fn fold(sums: F64) -> f64 {
+        // SAFETY: the argument proves AVX2.
+        unsafe {
+            let four = _mm256_add_pd(sums.0[0], sums.0[1]);
+            let two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd::<1>(four));
+            _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)))
+        }
     }
     #[inline(always)]
     unsafe fn add_widened(self, sums: *mut f64) {

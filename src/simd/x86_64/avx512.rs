@@ -88,6 +88,7 @@ impl Isa for Avx512 {
 
 impl Vector<Avx512> for F32 {
     type Scalar = f32;
+    type Wide = [F64; 2];
     const LANES: usize = 16;
 
     #[inline(always)]
@@ -140,17 +141,37 @@ impl Vector<Avx512> for F32 {
         unsafe { Self(_mm512_mul_ps(self.0, o.0)) }
     }
     #[inline(always)]
+    fn widen_onto(self, sums: [F64; 2]) -> [F64; 2] {
+        // SAFETY: `self` proves AVX-512.
+        let (low, high) = unsafe {
+            let low = _mm512_cvtps_pd(_mm512_castps512_ps256(self.0));
+            (F64(low), F64(_mm512_cvtps_pd(_mm512_extractf32x8_ps::<1>(self.0))))
+        };
+        [sums[0].add(low), sums[1].add(high)]
+    }
+    #[inline(always)]
+    fn no_sums(isa: Avx512) -> [F64; 2] {
+        [F64::splat(isa, 0.0); 2]
+    }
+    #[inline(always)]
+    fn fold(sums: [F64; 2]) -> f64 {
+        F64::fold(sums[0].add(sums[1]))
+    }
+    #[inline(always)]
     unsafe fn add_widened(self, sums: *mut f64) {
         // SAFETY: `self` proves AVX-512; 16 sums are at `sums`, as the caller promises.
         unsafe {
-            F64(_mm512_cvtps_pd(_mm512_castps512_ps256(self.0))).add_widened(sums);
-            F64(_mm512_cvtps_pd(_mm512_extractf32x8_ps::<1>(self.0))).add_widened(sums.add(8));
+            let isa = Avx512(());
+            let [low, high] = self.widen_onto([F64::load(isa, sums), F64::load(isa, sums.add(8))]);
+            low.store(sums);
+            high.store(sums.add(8));
         }
     }
 }
 
 impl Vector<Avx512> for F64 {
     type Scalar = f64;
+    type Wide = F64;
     const LANES: usize = 8;
 
     #[inline(always)]
@@ -201,6 +222,23 @@ impl Vector<Avx512> for F64 {
     fn mul(self, o: Self) -> Self {
         // SAFETY: `self` proves AVX-512.
         unsafe { Self(_mm512_mul_pd(self.0, o.0)) }
+    }
+    #[inline(always)]
+    fn widen_onto(self, sums: F64) -> F64 {
+        sums.add(self)
+    }
+    #[inline(always)]
+    fn no_sums(isa: Avx512) -> F64 {
+        Self::splat(isa, 0.0)
+    }
+    #[inline(always)]
+    fn fold(sums: F64) -> f64 {
+        // SAFETY: the argument proves AVX-512.
+        unsafe {
+            let four = _mm256_add_pd(_mm512_castpd512_pd256(sums.0), _mm512_extractf64x4_pd::<1>(sums.0));
+            let two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd::<1>(four));
+            _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)))
+        }
     }
     #[inline(always)]
     unsafe fn add_widened(self, sums: *mut f64) {
