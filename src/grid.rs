@@ -152,9 +152,9 @@ impl Rows {
         self.joined() * self.channels
     }
 
-    /// The length of arrays with a value per column: the period and a vector more, up to whole vectors.
+    /// The length of arrays with a value per column: the period, a vector more and a lead, up to whole vectors.
     pub(crate) fn padded(&self) -> usize {
-        (self.period() + MAX_LANES).next_multiple_of(MAX_LANES)
+        (self.period() + 2 * MAX_LANES).next_multiple_of(MAX_LANES)
     }
 
     /// Ranges of columns to give `tasks` tasks to threads where the blocks alone do not; columns are independent,
@@ -198,7 +198,8 @@ impl Parallelism {
         #[cfg(feature = "rayon")]
         match self {
             Self::Sequential => 1,
-            Self::Threads(n) => n.max(1),
+            // More threads than any machine has, and far from an overflow.
+            Self::Threads(n) => n.clamp(1, 1 << 16),
             Self::Auto if bytes < 2 * GRAIN => 1,
             Self::Auto => rayon::current_num_threads().min(physical_cores()).min(bytes / GRAIN),
         }
@@ -219,7 +220,7 @@ fn physical_cores() -> usize {
 
 /// Into how many pieces `items` are cut for `workers` threads: a few for each, so that a late thread finds less to do.
 pub(crate) fn pieces(workers: usize, items: usize) -> usize {
-    if workers == 1 { items.min(1) } else { items.min(workers.saturating_mul(4)) }
+    if workers == 1 { items.min(1) } else { items.min(4 * workers) }
 }
 
 /// Calls `work` with each piece's number and its range of `0..items`, on `workers` threads.

@@ -44,7 +44,7 @@ impl Moments {
         let weights = MergeWeights::new(self.count, other.count);
         let (mean, residue, m2) =
             weights.merge((self.mean, self.residue, self.m2), (other.mean, other.residue, other.m2));
-        Self { count: self.count + other.count, mean, residue, m2 }
+        Self { count: self.count.saturating_add(other.count), mean, residue, m2 }
     }
 
     /// The biased variance, `m2 / count`; NaN for no values.
@@ -77,7 +77,7 @@ pub(crate) struct MergeWeights {
 impl MergeWeights {
     #[inline(always)]
     pub(crate) fn new(a: u64, b: u64) -> Self {
-        let mean = b as f64 / (a + b) as f64;
+        let mean = b as f64 / (a as f64 + b as f64);
         Self { mean, m2: a as f64 * mean }
     }
 
@@ -155,7 +155,9 @@ impl<P: Real> Saved<P> {
         }
         let var = inv_std.iter().map(|i| {
             let i = i.to_f64();
-            P::from_f64(if i == 0.0 { 0.0 } else { (1.0 / (i * i) - eps).max(0.0) })
+            let var = 1.0 / (i * i) - eps;
+            // An inv_std of 0 stands for a variance of 0; a NaN stays one.
+            P::from_f64(if i == 0.0 || var < 0.0 { 0.0 } else { var })
         });
         Ok(Self { count, var: var.collect(), residue: vec![P::default(); mean.len()], mean, inv_std })
     }

@@ -6,7 +6,7 @@ use core::ops::Range;
 
 use crate::element::Element;
 use crate::grid::{Disjoint, Geometry, Planar, Rows, Runs, for_each_piece, pieces};
-use crate::kernel::map::{self, Map, Target};
+use crate::kernel::map::{self, Map, Periodic, Target};
 use crate::kernel::sums::{Columns, RowBlock};
 use crate::moments::MergeWeights;
 use crate::scratch::{Need, Scratch};
@@ -61,6 +61,24 @@ pub(crate) trait Application<E: Element, const K: usize>: Sync {
     fn target(&self) -> Target<E>;
 }
 
+/// The order in which a tensor is mapped, stretch by stretch.
+#[derive(Clone, Copy)]
+enum Order {
+    Forwards,
+    /// After a reduction: what it read last may still be in a cache.
+    Backwards,
+}
+
+impl Order {
+    fn over(self, stretches: Range<usize>) -> impl Iterator<Item = usize> {
+        let Range { start, end } = stretches;
+        (start..end).map(move |i| match self {
+            Order::Forwards => i,
+            Order::Backwards => start + end - 1 - i,
+        })
+    }
+}
+
 /// How a pass runs.
 #[derive(Clone, Copy)]
 pub(crate) struct Context {
@@ -83,12 +101,17 @@ impl Context {
     pub(crate) fn need<const S: usize, const K: usize>(&self) -> Need {
         match self.geometry {
             Geometry::Planar(planar) if S > 0 && K > 0 && self.by_channel(planar) => Need::default(),
-            Geometry::Planar(p) => Need { wide: p.channels * p.blocks() * S, narrow: p.channels * K },
+            // A shape need not have been allocated to be asked about, so these products saturate.
+            Geometry::Planar(p) => Need {
+                wide: p.channels.saturating_mul(p.blocks()).saturating_mul(S),
+                narrow: p.channels.saturating_mul(K),
+            },
             Geometry::Rows(rows) => {
                 let at_once = if S > 0 { self.row_pieces(rows) } else { 0 };
+                let values = rows.channels.saturating_mul(rows.blocks()).saturating_mul(S);
                 Need {
-                    wide: rows.blocks() * S * rows.channels + at_once * 2 * rows.padded(),
-                    narrow: (K + at_once * (TERM_PARAMS + 2)) * rows.padded(),
+                    wide: values.saturating_add(rows.padded().saturating_mul(2 * at_once)),
+                    narrow: rows.padded().saturating_mul(K + at_once * (TERM_PARAMS + 2)),
                 }
             }
         }
@@ -131,17 +154,17 @@ impl Context {
                 self.reduce_planar(planar, reduction, wide);
                 let coefficients: &mut [[E::Param; K]] = narrow.as_chunks_mut().0;
                 close_planar::<E, R, S>(planar, wide, |c, values| coefficients[c] = close(c, values));
-                self.apply_planar(planar, application, coefficients);
+                self.apply_planar(planar, application, coefficients, Order::Backwards);
             }
             Geometry::Rows(rows) => {
                 let (coefficients, work) = narrow.split_at_mut(K * rows.padded());
-                let out = Disjoint::new(coefficients);
+                let (out, lead) = (Disjoint::new(coefficients), application.target().lead());
                 self.reduce_rows(rows, reduction, wide, work, |c, values| {
                     let coefficients = close(c, values);
                     // SAFETY: each channel is closed once.
-                    unsafe { set_columns(rows, out, c, coefficients) }
+                    unsafe { set_columns(rows, out, lead, c, coefficients) }
                 });
-                self.apply_rows(rows, application, coefficients);
+                self.apply_rows(rows, application, coefficients, Order::Backwards);
             }
         }
     }
@@ -191,15 +214,15 @@ impl Context {
                 for (c, coefficients) in coefficients.iter_mut().enumerate() {
                     *coefficients = application.coefficients(c, given(c));
                 }
-                self.apply_planar(planar, application, coefficients);
+                self.apply_planar(planar, application, coefficients, Order::Forwards);
             }
             Geometry::Rows(rows) => {
-                let out = Disjoint::new(narrow);
+                let (out, lead) = (Disjoint::new(narrow), application.target().lead());
                 for c in 0..rows.channels {
                     // SAFETY: no other thread knows the scratch yet.
-                    unsafe { set_columns(rows, out, c, application.coefficients(c, given(c))) }
+                    unsafe { set_columns(rows, out, lead, c, application.coefficients(c, given(c))) }
                 }
-                self.apply_rows(rows, application, narrow);
+                self.apply_rows(rows, application, narrow, Order::Forwards);
             }
         }
     }
@@ -224,10 +247,16 @@ impl Context {
         planar: Planar,
         application: &A,
         coefficients: &[[E::Param; K]],
+        order: Order,
     ) {
         let cuts = planar.plane.div_ceil(MAP_STRETCH).max(1);
-        for_each_piece(self.workers, planar.planes * planar.channels * cuts, |_, parts| {
-            dispatch(self.tier, PlanarMap::<E, A, K> { planar, cuts, parts, application, coefficients });
+        let parts = planar.planes * planar.channels * cuts;
+        let together = (MAP_STRETCH / planar.plane.max(1)).max(1);
+        for_each_piece(self.workers, parts.div_ceil(together), |_, stretches| {
+            for i in order.over(stretches) {
+                let parts = i * together..((i + 1) * together).min(parts);
+                dispatch(self.tier, PlanarMap::<E, A, K> { planar, cuts, parts, application, coefficients });
+            }
         });
     }
 
@@ -270,10 +299,15 @@ impl Context {
         rows: Rows,
         application: &A,
         coefficients: &[E::Param],
+        order: Order,
     ) {
-        let stretch = (MAP_STRETCH / rows.channels).max(1);
+        // Joined rows, so that each stretch begins with the first column.
+        let stretch = (MAP_STRETCH / rows.period()).max(1) * rows.joined();
         for_each_piece(self.workers, rows.rows.div_ceil(stretch), |_, stretches| {
-            dispatch(self.tier, RowsMap::<E, A, K> { rows, stretch, stretches, application, coefficients });
+            for i in order.over(stretches) {
+                let part = i * stretch..((i + 1) * stretch).min(rows.rows);
+                dispatch(self.tier, RowsMap::<E, A, K> { rows, part, application, coefficients });
+            }
         });
     }
 }
@@ -299,16 +333,22 @@ fn close_planar<E: Element, R: Reduction<E, S>, const S: usize>(
 /// # Safety
 /// No other access to the columns of the channel happens at the same time.
 #[inline(always)]
-unsafe fn set_columns<R: Copy, const K: usize>(rows: Rows, out: Disjoint<'_, R>, channel: usize, values: [R; K]) {
+unsafe fn set_columns<R: Copy, const K: usize>(
+    rows: Rows,
+    out: Disjoint<'_, R>,
+    lead: usize,
+    channel: usize,
+    values: [R; K],
+) {
     for (k, value) in values.into_iter().enumerate() {
         for joined in 0..rows.joined() {
             let column = joined * rows.channels + channel;
             // SAFETY: columns of the channel.
             unsafe {
-                out.set(k * rows.padded() + column, value);
+                out.set(k * rows.padded() + lead + column, value);
                 // The first columns stand once more after the last.
                 if column < MAX_LANES {
-                    out.set(k * rows.padded() + rows.period() + column, value);
+                    out.set(k * rows.padded() + lead + rows.period() + column, value);
                 }
             }
         }
@@ -378,15 +418,14 @@ where
             for (c, (coefficients, values)) in (first..last).zip(coefficients.iter_mut().zip(totals)) {
                 *coefficients = (self.close)(c, values);
             }
+            // The planes of the next batch follow those of this one.
+            let plane = self.planar.plane;
+            let ahead = if self.prefetch && last < end { self.batch * plane } else { 0 };
             // Backwards: what was read last is still in the nearest cache.
-            for c in (first..last).rev() {
-                // The planes of the next channels follow those of these.
-                let ahead = if self.prefetch && c + self.batch < end { self.batch * self.planar.plane } else { 0 };
-                for b in (0..self.planar.blocks()).rev() {
-                    let runs = self.planar.block(c, b);
-                    // SAFETY: the runs come from the grid, and no other piece has this channel.
-                    unsafe { map::over_runs(isa, &map, coefficients[c - first], runs, target, ahead) };
-                }
+            for b in (0..self.planar.blocks()).rev() {
+                let runs = (self.planar.block(first, b), plane);
+                // SAFETY: the runs come from the grid, and no other piece has these channels.
+                unsafe { map::over_runs(isa, &map, &coefficients[..last - first], runs, target, ahead) };
             }
         }
         if target.streaming {
@@ -433,13 +472,12 @@ impl<E: Element, A: Application<E, K>, const K: usize> Kernel for PlanarMap<'_, 
         let map = self.application.map::<I>();
         let target = self.application.target();
         let Planar { plane, channels, .. } = self.planar;
-        // Backwards: the end of the tensor was read last.
-        for part in self.parts.rev() {
+        for part in self.parts {
             let (index, from) = (part / self.cuts, part % self.cuts * MAP_STRETCH);
             let len = MAP_STRETCH.min(plane - from);
             let run = Runs { start: index * plane + from, len, count: 1, stride: 0 };
             // SAFETY: a part of a plane, and no other piece has it.
-            unsafe { map::over_runs(isa, &map, self.coefficients[index % channels], run, target, 0) };
+            unsafe { map::over_runs(isa, &map, &self.coefficients[index % channels..][..1], (run, plane), target, 0) };
         }
         if target.streaming {
             isa.fence();
@@ -537,11 +575,10 @@ where
     }
 }
 
-/// The second half for a range of stretches of rows.
+/// The second half for a range of rows.
 struct RowsMap<'a, E: Element, A, const K: usize> {
     rows: Rows,
-    stretch: usize,
-    stretches: Range<usize>,
+    part: Range<usize>,
     application: &'a A,
     coefficients: &'a [E::Param],
 }
@@ -550,17 +587,13 @@ impl<E: Element, A: Application<E, K>, const K: usize> Kernel for RowsMap<'_, E,
     type Output = ();
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let channels = self.rows.channels;
         let map = self.application.map::<I>();
         let target = self.application.target();
-        // Backwards: the end of the tensor was read last.
-        for i in self.stretches.rev() {
-            let first = i * self.stretch;
-            let rows = self.stretch.min(self.rows.rows - first);
-            let (start, len) = (first * channels, rows * channels);
-            // SAFETY: the rows come from the grid, and no other piece has them.
-            unsafe { map::over_rows(isa, &map, self.coefficients, self.rows.period(), (start, len), target) };
-        }
+        let (period, padded, lead) = (self.rows.period(), self.rows.padded(), target.lead());
+        let params = Periodic { params: self.coefficients, period, padded, lead, column: 0 };
+        let at = (self.part.start * self.rows.channels, self.part.len() * self.rows.channels);
+        // SAFETY: the rows come from the grid, and no other piece has them.
+        unsafe { map::over_rows(isa, &map, params, at, target) };
         if target.streaming {
             isa.fence();
         }

@@ -84,7 +84,8 @@ impl<P: Real> Running<P> {
 
     /// Moves the running statistics towards those of a batch. Computed in f64, rounded once. A batch with NaN or
     /// infinities makes the statistics of its channels NaN, as training has diverged;
-    /// [`forward_infer`](crate::BatchNorm::forward_infer) then refuses them by the name of the channel.
+    /// [`forward_infer`](crate::BatchNorm::forward_infer) then refuses them by the name of the channel. An f32 variance
+    /// beyond 3.4e38, of values around 1e19 and more, becomes infinite, and inference then gives beta.
     ///
     /// # Errors
     /// [`Error::MissingStatistics`] if no batch filled `saved`; [`Error::Length`] for another number of channels;
@@ -98,7 +99,7 @@ impl<P: Real> Running<P> {
             Variance::Unbiased if count == 1 => return Err(Error::UnbiasedFromOne { count }),
             Variance::Unbiased => count as f64 / (count - 1) as f64,
         };
-        self.batches += 1;
+        self.batches = self.batches.saturating_add(1);
         let (keep, take) = match self.momentum {
             Momentum::WeightOfNew(w) => (1.0 - w, w),
             Momentum::WeightOfOld(w) => (w, 1.0 - w),

@@ -21,7 +21,7 @@ impl Need {
     }
 
     pub(crate) fn bytes<R>(self) -> usize {
-        self.wide * size_of::<f64>() + self.narrow * size_of::<R>()
+        self.wide.saturating_mul(size_of::<f64>()).saturating_add(self.narrow.saturating_mul(size_of::<R>()))
     }
 }
 

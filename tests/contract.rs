@@ -328,8 +328,8 @@ fn special_values<E: Bits>() {
         for call in calls::<E>() {
             let mut a = Args::new(&shape);
             let (c, count) = (shape.channels(), a.saved.count());
-            [&mut a.x, &mut a.dy].map(|tensor| tensor.fill(element(special)));
-            [&mut a.gamma, &mut a.beta, &mut a.mean].map(|params| params.fill(param(special)));
+            [&mut a.x, &mut a.dy].into_iter().for_each(|tensor| tensor.fill(element(special)));
+            [&mut a.gamma, &mut a.beta, &mut a.mean].into_iter().for_each(|params| params.fill(param(special)));
             a.moments.iter_mut().for_each(|m| (m.mean, m.residue, m.m2) = (special, special, special));
             a.sums.fill(GradientSums { dy: special, dy_xhat: special });
             let inv_std = vec![param(special); c];

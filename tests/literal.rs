@@ -282,7 +282,7 @@ fn a_mean_between_two_floats() {
     assert_eq!((saved.var()[0], saved.inv_std()[0]), (6.75, 0.25));
     assert_eq!(y, [-0.625, 0.375, -0.625, 0.875]);
     // dy = 1, 0, 0, 1: dbeta 2, dgamma -0.625 + 0.875; dx = (dy - 0.5 - xhat/16) / 4,
-    // in 512ths: 128 * 0.5 + 8 * 0.625, 128 * -0.5 - 8 * 0.375, ...
+    // in 512ths 128 * (dy - 0.5) - 8*xhat.
     let (mut dx, mut dgamma, mut dbeta) = ([0.0; 4], [0.0], [0.0]);
     let gradients = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
     bn.backward(&x, &[1.0, 0.0, 0.0, 1.0], &saved, None, gradients).unwrap();

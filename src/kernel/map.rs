@@ -37,6 +37,12 @@ pub(crate) struct Target<E> {
 }
 
 impl<E: Element> Target<E> {
+    /// Where arrays of parameters begin, so that they are aligned where the elements of a tensor are.
+    pub(crate) fn lead(&self) -> usize {
+        let lanes = MAX_LANES * size_of::<f32>() / size_of::<E::Param>();
+        (lanes - self.unaligned(0, lanes).unwrap_or(0)) % lanes
+    }
+
     /// How many elements from `at` come before the first one at a multiple of a stored vector of `lanes`; none where no
     /// element is.
     #[inline(always)]
@@ -67,11 +73,16 @@ impl<I: Isa, E: Element, const K: usize> Parameters<I, E, K> for Same<Compute<I,
     }
 }
 
-/// Those of the columns that repeat with `period`, as [`over_rows`] has them.
-struct Periodic<'a, R> {
-    params: &'a [R],
-    period: usize,
-    column: usize,
+/// The parameters of the columns of rows: parameter `k` of column `c` is at `k * padded + lead + c` of `params`. The
+/// columns repeat with `period`, at least a vector, and the first ones stand once more after the last, so that a vector
+/// may begin anywhere.
+#[derive(Clone, Copy)]
+pub(crate) struct Periodic<'a, R> {
+    pub(crate) params: &'a [R],
+    pub(crate) padded: usize,
+    pub(crate) lead: usize,
+    pub(crate) period: usize,
+    pub(crate) column: usize,
 }
 
 impl<I: Isa, E: Element, const K: usize> Parameters<I, E, K> for Periodic<'_, E::Param> {
@@ -81,11 +92,11 @@ impl<I: Isa, E: Element, const K: usize> Parameters<I, E, K> for Periodic<'_, E:
     }
     #[inline(always)]
     fn next(&mut self, isa: I) -> [Compute<I, E>; K] {
-        let padded = self.params.len() / K;
+        let at = self.lead + self.column;
         let mut vectors = [Compute::<I, E>::splat(isa, Default::default()); K];
         for (k, vector) in vectors.iter_mut().enumerate() {
             // SAFETY: the column lies below the period, and a vector more lies below `padded`, see `over_rows`.
-            *vector = unsafe { Compute::<I, E>::load(isa, self.params.as_ptr().add(k * padded + self.column)) };
+            *vector = unsafe { Compute::<I, E>::load(isa, self.params.as_ptr().add(k * self.padded + at)) };
         }
         self.column += Compute::<I, E>::LANES;
         if self.column >= self.period {
@@ -146,7 +157,9 @@ unsafe fn span<I: Isa, M: Map<I, K>, P: Parameters<I, M::Element, K>, const K: u
     }
 }
 
-/// Writes the elements of all runs; `params` are the channel's. The elements `ahead` of them are prefetched, none for 0.
+/// Writes the elements of all runs for neighbouring channels, in the order of memory: `runs` are those of the first, those
+/// of the next begin `pitch` elements later, and so on; `params` has an entry for each. The elements `ahead` of them are
+/// prefetched, none for 0.
 ///
 /// # Safety
 /// The runs lie inside the tensors that `map` was made for and the one of `target`, and nothing else accesses those
@@ -155,31 +168,31 @@ unsafe fn span<I: Isa, M: Map<I, K>, P: Parameters<I, M::Element, K>, const K: u
 pub(crate) unsafe fn over_runs<I: Isa, M: Map<I, K>, const K: usize>(
     isa: I,
     map: &M,
-    params: [<M::Element as Element>::Param; K],
-    runs: Runs,
+    params: &[[<M::Element as Element>::Param; K]],
+    (runs, pitch): (Runs, usize),
     target: Target<M::Element>,
     ahead: usize,
 ) {
-    let mut same = Same([Compute::<I, M::Element>::splat(isa, Default::default()); K]);
-    for k in 0..K {
-        same.0[k] = Compute::<I, M::Element>::splat(isa, params[k]);
-    }
     for run in 0..runs.count {
-        let at = (runs.start + run * runs.stride, runs.len);
-        // SAFETY: the caller's promise.
-        unsafe {
-            if target.streaming {
-                span::<I, M, _, K, true>(isa, map, &mut same, at, target, ahead);
-            } else {
-                span::<I, M, _, K, false>(isa, map, &mut same, at, target, ahead);
+        for (c, params) in params.iter().enumerate() {
+            let mut same = Same([Compute::<I, M::Element>::splat(isa, Default::default()); K]);
+            for k in 0..K {
+                same.0[k] = Compute::<I, M::Element>::splat(isa, params[k]);
+            }
+            let at = (runs.start + run * runs.stride + c * pitch, runs.len);
+            // SAFETY: the caller's promise.
+            unsafe {
+                if target.streaming {
+                    span::<I, M, _, K, true>(isa, map, &mut same, at, target, ahead);
+                } else {
+                    span::<I, M, _, K, false>(isa, map, &mut same, at, target, ahead);
+                }
             }
         }
     }
 }
 
-/// Writes `len` elements from `start`, which begins a row; parameter `k` of column `c` is at `k * padded + c` of
-/// `params`. The columns repeat with `period`, at least a vector, and the first ones stand once more after the last, so
-/// that a vector may begin anywhere.
+/// Writes `len` elements from `start`, which begins a row.
 ///
 /// # Safety
 /// As [`over_runs`], for those elements.
@@ -187,19 +200,18 @@ pub(crate) unsafe fn over_runs<I: Isa, M: Map<I, K>, const K: usize>(
 pub(crate) unsafe fn over_rows<I: Isa, M: Map<I, K>, const K: usize>(
     isa: I,
     map: &M,
-    params: &[<M::Element as Element>::Param],
-    period: usize,
+    mut params: Periodic<'_, <M::Element as Element>::Param>,
     at: (usize, usize),
     target: Target<M::Element>,
 ) {
-    assert!(period >= MAX_LANES && period + MAX_LANES <= params.len() / K);
-    let mut periodic = Periodic { params, period, column: 0 };
+    assert!(params.period >= MAX_LANES && params.lead + params.period + MAX_LANES <= params.padded);
+    assert!(params.params.len() >= K * params.padded);
     // SAFETY: the caller's promise.
     unsafe {
         if target.streaming {
-            span::<I, M, _, K, true>(isa, map, &mut periodic, at, target, 0);
+            span::<I, M, _, K, true>(isa, map, &mut params, at, target, 0);
         } else {
-            span::<I, M, _, K, false>(isa, map, &mut periodic, at, target, 0);
+            span::<I, M, _, K, false>(isa, map, &mut params, at, target, 0);
         }
     }
 }

@@ -94,7 +94,10 @@ pub(crate) unsafe fn over_runs<I: Isa, T: Terms<I, K>, const K: usize>(
                         (ga[j], gb[j]) = terms.at::<true>(isa, &params, start + i + j * lanes, lanes);
                     }
                 } else {
-                    rest(isa, terms, &params, (start + i, runs.len - i), &mut ga, &mut gb);
+                    for j in 0..GROUP {
+                        let from = (i + j * lanes).min(runs.len);
+                        (ga[j], gb[j]) = some(isa, terms, &params, start + from, runs.len - from);
+                    }
                 }
             }
             a = a.add(tree(ga));
@@ -109,33 +112,6 @@ pub(crate) unsafe fn over_runs<I: Isa, T: Terms<I, K>, const K: usize>(
         }
     }
     (T::Vector::fold(a.widen_onto(wide_a)), T::Vector::fold(b.widen_onto(wide_b)))
-}
-
-/// The terms of the last group of a run: `n` elements from `at`, fewer than a whole group has. The number of whole vectors
-/// is the same for all runs, so the branches are learned.
-#[inline(always)]
-unsafe fn rest<I: Isa, T: Terms<I, K>, const K: usize>(
-    isa: I,
-    terms: &T,
-    params: &[T::Vector; K],
-    (at, n): (usize, usize),
-    a: &mut [T::Vector; GROUP],
-    b: &mut [T::Vector; GROUP],
-) {
-    let lanes = T::Vector::LANES;
-    // SAFETY: the caller's promise for n elements.
-    unsafe {
-        for j in 0..GROUP {
-            if n >= (j + 1) * lanes {
-                (a[j], b[j]) = terms.at::<true>(isa, params, at + j * lanes, lanes);
-            } else {
-                if n > j * lanes {
-                    (a[j], b[j]) = terms.at::<false>(isa, params, at + j * lanes, n - j * lanes);
-                }
-                break;
-            }
-        }
-    }
 }
 
 /// A block of rows of `channels`: `len` elements from `start`, rows joined to columns that repeat with `period`. Sums
