@@ -55,6 +55,7 @@ mod forward;
 mod grid;
 mod kernel;
 mod moments;
+mod operation;
 mod pass;
 mod plan;
 pub mod reference;

@@ -1,11 +1,12 @@
 //! The plan: a shape and options, checked once, and every operation on slices of that shape.
 
-use crate::backward::{GradientSumsOf, InputGradientTo};
-use crate::element::{Element, Real};
+use crate::backward::InputGradientTo;
+use crate::element::Element;
 use crate::error::{Error, Result, check_len};
-use crate::forward::{MomentsOf, NormalizeTo, Statistics};
+use crate::forward::NormalizeTo;
 use crate::grid::{Disjoint, Geometry, InOut, Parallelism, Source};
-use crate::moments::{self, GradientSums, Moments, Saved, check_eps};
+use crate::moments::{GradientSums, Moments, Saved, check_eps};
+use crate::operation::{Job, Operation, Origin};
 use crate::pass::{BATCH, Context};
 use crate::running::{Momentum, Population, Running, Variance, check_variances};
 use crate::scratch::{Need, Pool};
@@ -214,9 +215,7 @@ impl<E: Element> BatchNorm<E> {
     }
 
     fn most_scratch(&self) -> Need {
-        let context = self.context();
-        let halves = context.need::<3, 0>().max(context.need::<0, 6>());
-        halves.max(context.need::<3, 3>()).max(context.need::<2, 6>())
+        Operation::<E>::most(&self.context())
     }
 
     fn context(&self) -> Context {
@@ -299,19 +298,10 @@ impl<E: Element> BatchNorm<E> {
         self.check_affine(affine)?;
         check_len("saved", self.shape.channels(), saved.channels())?;
         self.check_batch()?;
-        let context = self.context();
-        let record = saved.recorder(self.shape.count() as u64);
-        let eps = self.eps;
-        let close = |c, moments: Moments| {
-            // SAFETY: each channel is closed once.
-            unsafe { record.set(c, &moments, eps) }
-        };
-        let reduction = MomentsOf { x: io.from, count: self.shape.count() as u64, close };
-        let application = NormalizeTo { io, affine, streaming: self.streams(&io) };
-        self.pool.with(context.need::<3, 3>(), |scratch| {
-            // SAFETY: the tensors have the shape's length, and this call borrows them and `saved`.
-            unsafe { context.run(&reduction, &application, scratch) }
-        });
+        let count = self.shape.count() as u64;
+        let normalize = self.normalize_to(io, affine);
+        let record = saved.recorder(count);
+        self.execute(Operation::Train { normalize, record, count, eps: self.eps });
         Ok(())
     }
 
@@ -350,35 +340,31 @@ impl<E: Element> BatchNorm<E> {
         &self,
         io: InOut<'_, E>,
         affine: Affine<'_, E::Param>,
-        Population { mean, var }: Population<'_, E::Param>,
+        population: Population<'_, E::Param>,
     ) -> Result<()> {
         self.check_affine(affine)?;
-        self.check_channels("mean", Some(mean))?;
-        self.check_channels("var", Some(var))?;
-        check_variances(var)?;
-        let statistics = |c: usize| Statistics {
-            mean: mean[c],
-            residue: E::Param::default(),
-            inv_std: moments::inv_std(var[c].to_f64(), self.eps),
-        };
-        self.apply_forward(io, affine, statistics);
+        self.check_channels("mean", Some(population.mean))?;
+        self.check_channels("var", Some(population.var))?;
+        check_variances(population.var)?;
+        let origin = Origin::Population { population, eps: self.eps };
+        self.execute(Operation::Normalize { normalize: self.normalize_to(io, affine), origin });
         Ok(())
     }
 
-    fn apply_forward(
-        &self,
-        io: InOut<'_, E>,
-        affine: Affine<'_, E::Param>,
-        statistics: impl Fn(usize) -> Statistics<E::Param> + Sync,
-    ) {
+    fn normalize_to<'a>(&self, io: InOut<'a, E>, affine: Affine<'a, E::Param>) -> NormalizeTo<'a, E> {
+        NormalizeTo { io, affine, streaming: self.streams(&io) }
+    }
+
+    /// Runs an operation on tensors of the plan's shape, all of whose arguments were checked.
+    fn execute(&self, operation: Operation<'_, E>) {
+        // A tensor without elements leaves nothing to do to the second halves; the first ones were seen to.
         if self.shape.is_empty() {
             return;
         }
         let context = self.context();
-        let application = NormalizeTo { io, affine, streaming: self.streams(&io) };
-        self.pool.with(context.need::<0, 3>(), |scratch| {
-            // SAFETY: the tensors have the shape's length, and the caller borrows them.
-            unsafe { context.apply(&application, statistics, scratch) }
+        self.pool.with(operation.need(&context), |scratch| {
+            // SAFETY: the lengths were checked, and the operation holds the borrows.
+            unsafe { E::execute(Job { operation, context, scratch }) }
         });
     }
 
@@ -451,31 +437,10 @@ impl<E: Element> BatchNorm<E> {
         if saved.count != count {
             return Err(Error::Shards { expected: count, got: saved.count });
         }
-        let context = self.context();
-        let (dgamma, dbeta) = (dgamma.map(Disjoint::new), dbeta.map(Disjoint::new));
-        let close = |c, sums: GradientSums| {
-            for (out, sum) in [(dgamma, sums.dy_xhat), (dbeta, sums.dy)] {
-                if let Some(out) = out {
-                    // SAFETY: each channel is closed once.
-                    unsafe { out.set(c, E::Param::from_f64(sum)) }
-                }
-            }
-            sums
-        };
         let x = Source::new(x);
-        let reduction = GradientSumsOf { x, dy, saved, close };
-        let Some(io) = dx else {
-            self.pool.with(context.need::<2, 0>(), |scratch| {
-                // SAFETY: the tensors have the shape's length, and this call borrows them and the gradients.
-                unsafe { context.reduce(&reduction, scratch) }
-            });
-            return Ok(());
-        };
-        let application = InputGradientTo { x, io, saved, gamma, count, streaming: self.streams(&io) };
-        self.pool.with(context.need::<2, 6>(), |scratch| {
-            // SAFETY: the tensors have the shape's length, and this call borrows them and the gradients.
-            unsafe { context.run(&reduction, &application, scratch) }
-        });
+        let input = dx.map(|io| InputGradientTo { x, io, saved, gamma, count, streaming: self.streams(&io) });
+        let (dgamma, dbeta) = (dgamma.map(Disjoint::new), dbeta.map(Disjoint::new));
+        self.execute(Operation::Backward { x, dy, saved, input, dgamma, dbeta });
         Ok(())
     }
 
@@ -487,19 +452,9 @@ impl<E: Element> BatchNorm<E> {
     pub fn moments(&self, x: &[E], moments: &mut [Moments]) -> Result<()> {
         self.check_tensor("x", x)?;
         self.check_channels("moments", Some(moments))?;
-        if self.shape.is_empty() {
-            moments.fill(Moments::default());
-            return Ok(());
-        }
-        let context = self.context();
+        moments.fill(Moments::default());
         let out = Disjoint::new(moments);
-        // SAFETY: each channel is closed once.
-        let close = |c, moments| unsafe { out.set(c, moments) };
-        let reduction = MomentsOf { x: Source::new(x), count: self.shape.count() as u64, close };
-        self.pool.with(context.need::<3, 0>(), |scratch| {
-            // SAFETY: `x` has the shape's length, and this call borrows it and the moments.
-            unsafe { context.reduce(&reduction, scratch) }
-        });
+        self.execute(Operation::Moments { x: Source::new(x), count: self.shape.count() as u64, out });
         Ok(())
     }
 
@@ -550,7 +505,8 @@ impl<E: Element> BatchNorm<E> {
     fn normalize_io(&self, io: InOut<'_, E>, affine: Affine<'_, E::Param>, saved: &Saved<E::Param>) -> Result<()> {
         self.check_affine(affine)?;
         self.check_saved(saved)?;
-        self.apply_forward(io, affine, |c| saved.statistics(c));
+        let origin = Origin::Batch(saved);
+        self.execute(Operation::Normalize { normalize: self.normalize_to(io, affine), origin });
         Ok(())
     }
 
@@ -564,19 +520,9 @@ impl<E: Element> BatchNorm<E> {
         self.check_tensor("dy", dy)?;
         self.check_channels("sums", Some(sums))?;
         self.check_saved(saved)?;
-        if self.shape.is_empty() {
-            sums.fill(GradientSums::default());
-            return Ok(());
-        }
-        let context = self.context();
+        sums.fill(GradientSums::default());
         let out = Disjoint::new(sums);
-        // SAFETY: each channel is closed once.
-        let close = |c, sums| unsafe { out.set(c, sums) };
-        let reduction = GradientSumsOf { x: Source::new(x), dy: Source::new(dy), saved, close };
-        self.pool.with(context.need::<2, 0>(), |scratch| {
-            // SAFETY: the tensors have the shape's length, and this call borrows them and the sums.
-            unsafe { context.reduce(&reduction, scratch) }
-        });
+        self.execute(Operation::GradientSums { x: Source::new(x), dy: Source::new(dy), saved, out });
         Ok(())
     }
 
@@ -628,16 +574,9 @@ impl<E: Element> BatchNorm<E> {
         self.check_channels("gamma", gamma)?;
         self.check_channels("sums", Some(sums))?;
         self.check_saved(saved)?;
-        if self.shape.is_empty() {
-            return Ok(());
-        }
-        let context = self.context();
         let (x, streaming) = (Source::new(x), self.streams(&io));
-        let application = InputGradientTo { x, io, saved, gamma, count: saved.count, streaming };
-        self.pool.with(context.need::<0, 6>(), |scratch| {
-            // SAFETY: the tensors have the shape's length, and this call borrows them.
-            unsafe { context.apply(&application, |c| sums[c], scratch) }
-        });
+        let input = InputGradientTo { x, io, saved, gamma, count: saved.count, streaming };
+        self.execute(Operation::InputGradient { input, sums });
         Ok(())
     }
 }

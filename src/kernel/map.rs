@@ -176,8 +176,8 @@ pub(crate) unsafe fn over_runs<I: Isa, M: Map<I, K>, const K: usize>(
     for run in 0..runs.count {
         for (c, params) in params.iter().enumerate() {
             let mut same = Same([Compute::<I, M::Element>::splat(isa, Default::default()); K]);
-            for k in 0..K {
-                same.0[k] = Compute::<I, M::Element>::splat(isa, params[k]);
+            for (vector, &param) in same.0.iter_mut().zip(params) {
+                *vector = Compute::<I, M::Element>::splat(isa, param);
             }
             let at = (runs.start + run * runs.stride + c * pitch, runs.len);
             // SAFETY: the caller's promise.
