@@ -64,7 +64,7 @@ pub trait Isa: Copy + Send + Sync {
     /// # Safety
     /// 16 values can be read from `from` and written to `to`, which is aligned to 32 bytes.
     #[cfg(feature = "half")]
-    unsafe fn stream_bits(self, from: &[u16; MAX_LANES], to: *mut u16);
+    unsafe fn stream_bits(self, from: &[u16; 16], to: *mut u16);
 }
 
 /// A logical vector. Memory operations ask for no alignment.

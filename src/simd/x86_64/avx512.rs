@@ -2,7 +2,7 @@
 
 use core::arch::x86_64::*;
 
-use crate::simd::{Isa, MAX_LANES, Tier, Vector};
+use crate::simd::{Isa, Tier, Vector};
 
 /// Proof that the CPU has AVX-512 F, BW, DQ and VL.
 #[derive(Debug, Clone, Copy)]
@@ -80,7 +80,7 @@ impl Isa for Avx512 {
     }
     #[cfg(feature = "half")]
     #[inline(always)]
-    unsafe fn stream_bits(self, from: &[u16; MAX_LANES], to: *mut u16) {
+    unsafe fn stream_bits(self, from: &[u16; 16], to: *mut u16) {
         // SAFETY: `self` proves AVX-512; 32 bytes can be written and are aligned, as the caller promises.
         unsafe { _mm256_stream_si256(to.cast(), _mm256_loadu_si256(from.as_ptr().cast())) }
     }
