@@ -167,6 +167,14 @@ impl Rows {
         }
     }
 
+    /// The length of arrays with a value per column of a tile.
+    pub(crate) fn tile_width(&self, tiles: usize) -> usize {
+        match tiles {
+            1 => self.period().next_multiple_of(MAX_LANES),
+            _ => self.channels.div_ceil(MAX_LANES).div_ceil(tiles) * MAX_LANES,
+        }
+    }
+
     pub(crate) fn tile(&self, tile: usize, tiles: usize) -> Range<usize> {
         if tiles == 1 {
             return 0..self.period();
@@ -188,7 +196,7 @@ pub enum Parallelism {
     /// The calling thread alone.
     Sequential,
     /// Work cut for this many threads whatever the size of the tensor, on the rayon pool that the caller is in.
-    /// 0 and 1 are sequential. Without the feature `rayon`: sequential.
+    /// 0 and 1 are sequential, and 1024 is the most. Without the feature `rayon`: sequential.
     Threads(usize),
 }
 
@@ -198,8 +206,8 @@ impl Parallelism {
         #[cfg(feature = "rayon")]
         match self {
             Self::Sequential => 1,
-            // More threads than any machine has, and far from an overflow.
-            Self::Threads(n) => n.clamp(1, 1 << 16),
+            // More threads than machines have; memory for partial sums grows with them.
+            Self::Threads(n) => n.clamp(1, 1024),
             Self::Auto if bytes < 2 * GRAIN => 1,
             Self::Auto => rayon::current_num_threads().min(physical_cores()).min(bytes / GRAIN),
         }

@@ -17,7 +17,7 @@ const TERM_PARAMS: usize = 2;
 /// Elements of the rows that are mapped at a stretch.
 const MAP_STRETCH: usize = 16384;
 /// The most channels of a batch.
-pub(crate) const BATCH: usize = 16;
+pub(crate) const BATCH: usize = 64;
 /// Merges of one channel that are worth another thread.
 const MERGES: usize = 65536;
 
@@ -87,8 +87,6 @@ pub(crate) struct Context {
     pub(crate) workers: usize,
     /// Channels that a thread takes at once, at most [`BATCH`].
     pub(crate) batch: usize,
-    /// Whether two batches fit a cache of a core, so that the next one may be fetched early.
-    pub(crate) prefetch: bool,
 }
 
 impl Context {
@@ -107,14 +105,18 @@ impl Context {
                 narrow: p.channels.saturating_mul(K),
             },
             Geometry::Rows(rows) => {
-                let at_once = if S > 0 { self.row_pieces(rows) } else { 0 };
+                let work = if S > 0 { self.row_pieces(rows).saturating_mul(self.row_width(rows)) } else { 0 };
                 let values = rows.channels.saturating_mul(rows.blocks()).saturating_mul(S);
                 Need {
-                    wide: values.saturating_add(rows.padded().saturating_mul(2 * at_once)),
-                    narrow: rows.padded().saturating_mul(K + at_once * (TERM_PARAMS + 2)),
+                    wide: values.saturating_add(work.saturating_mul(2)),
+                    narrow: rows.padded().saturating_mul(K).saturating_add(work.saturating_mul(TERM_PARAMS + 2)),
                 }
             }
         }
+    }
+
+    fn row_width(&self, rows: Rows) -> usize {
+        rows.tile_width(rows.tiles(self.workers))
     }
 
     fn row_pieces(&self, rows: Rows) -> usize {
@@ -143,11 +145,8 @@ impl Context {
             Geometry::Planar(planar) if self.by_channel(planar) => {
                 for_each_piece(self.workers, planar.channels, |_, channels| {
                     let (close, element) = (&close, PhantomData);
-                    let Context { batch, prefetch, .. } = self;
-                    dispatch(
-                        self.tier,
-                        Channels { planar, channels, reduction, application, close, batch, prefetch, element },
-                    );
+                    let batch = self.batch;
+                    dispatch(self.tier, Channels { planar, channels, reduction, application, close, batch, element });
                 });
             }
             Geometry::Planar(planar) => {
@@ -271,19 +270,14 @@ impl Context {
         let tiles = rows.tiles(self.workers);
         let (values, wide) = wide.split_at_mut(rows.blocks() * S * rows.channels);
         let (out, wide, work) = (Disjoint::new(values), Disjoint::new(wide), Disjoint::new(work));
-        let padded = rows.padded();
+        let width = self.row_width(rows);
         for_each_piece(self.workers, rows.blocks() * tiles, |piece, items| {
+            let part = |values: usize| piece * values * width..(piece + 1) * values * width;
             // SAFETY: each piece has its own part of the work memory.
-            let (wide, narrow) = unsafe {
-                let narrow = (TERM_PARAMS + 2) * padded;
-                (
-                    wide.slice(piece * 2 * padded..(piece + 1) * 2 * padded),
-                    work.slice(piece * narrow..(piece + 1) * narrow),
-                )
-            };
-            let (wide_a, wide_b) = wide.split_at_mut(padded);
-            let (params, narrow) = narrow.split_at_mut(TERM_PARAMS * padded);
-            let (narrow_a, narrow_b) = narrow.split_at_mut(padded);
+            let (wide, narrow) = unsafe { (wide.slice(part(2)), work.slice(part(TERM_PARAMS + 2))) };
+            let (wide_a, wide_b) = wide.split_at_mut(width);
+            let (params, narrow) = narrow.split_at_mut(TERM_PARAMS * width);
+            let (narrow_a, narrow_b) = narrow.split_at_mut(width);
             let columns = Columns { params, narrow: [narrow_a, narrow_b], wide: [wide_a, wide_b] };
             dispatch(self.tier, RowBlocks::<E, R, S> { rows, items, tiles, reduction, columns, out });
         });
@@ -385,8 +379,6 @@ struct Channels<'a, E, R, A, F, const S: usize, const K: usize> {
     close: &'a F,
     /// Channels that are reduced before the first of them is written: their latencies overlap.
     batch: usize,
-    /// Whether to fetch the next batch while this one is written.
-    prefetch: bool,
     element: PhantomData<E>,
 }
 
@@ -418,9 +410,9 @@ where
             for (c, (coefficients, values)) in (first..last).zip(coefficients.iter_mut().zip(totals)) {
                 *coefficients = (self.close)(c, values);
             }
-            // The planes of the next batch follow those of this one.
+            // The next batch, whose planes follow those of this one, is fetched while this one is written.
             let plane = self.planar.plane;
-            let ahead = if self.prefetch && last < end { self.batch * plane } else { 0 };
+            let ahead = if last < end { self.batch * plane } else { 0 };
             // Backwards: what was read last is still in the nearest cache.
             for b in (0..self.planar.blocks()).rev() {
                 let runs = (self.planar.block(first, b), plane);

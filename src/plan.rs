@@ -27,13 +27,12 @@ pub enum Stores {
 }
 
 /// Bytes of a tensor from which on it is stored past the caches.
-const STREAM: usize = 32 << 20;
+const STREAM: usize = 24 << 20;
 /// Bytes of the runs of a tensor from which on streaming pays: it wants whole lines.
 const STREAM_RUN: usize = 512;
-/// Bytes of the channels that a thread reduces before it writes the first of them.
-const BATCH_BYTES: usize = 128 << 10;
-/// Bytes of two batches up to which the next one is fetched early: they and the result share a second-level cache.
-const PREFETCH: usize = 1 << 20;
+/// Bytes of the channels that a thread reduces before it writes the first of them: small enough for a second-level cache,
+/// large enough for long stretches of memory.
+const BATCH_BYTES: usize = 1 << 20;
 
 /// The trained scale and offset of each channel, `C` values each; `None` stands for ones and for zeros.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -222,8 +221,7 @@ impl<E: Element> BatchNorm<E> {
         let workers = self.parallelism.workers(self.shape.len() * size_of::<E>());
         let channel = (self.shape.count() * size_of::<E>()).max(1);
         let batch = (BATCH_BYTES / channel).clamp(1, BATCH);
-        let prefetch = 2 * batch * channel <= PREFETCH;
-        Context { geometry: self.geometry, tier: self.tier, workers, batch, prefetch }
+        Context { geometry: self.geometry, tier: self.tier, workers, batch }
     }
 
     /// Whether a pass stores past the caches. In place the lines are at hand anyway.

@@ -302,7 +302,8 @@ pub fn gradient_sums<E: Element>(shape: &Shape, x: &[E], dy: &[E], saved: &Saved
                 for b in 0..planar.blocks() {
                     let runs = planar.block(c, b);
                     let sums = sum_runs(runs, narrow);
-                    add(c, if is_sound(sums) { sums } else { sum_runs(runs, wide) });
+                    let elements = (0..runs.size()).map(|i| runs.start + i / runs.len * runs.stride + i % runs.len);
+                    add(c, if is_sound(sums) { sums } else { elements.fold((0.0, 0.0), |sum, i| plus(sum, wide(i))) });
                 }
             }
         }

@@ -272,3 +272,19 @@ fn a_nan_stays_in_its_channel() {
         }
     }
 }
+
+#[test]
+fn an_infinite_mean_gives_what_the_reference_gives() {
+    for shape in [Shape::nc(1, 1), Shape::nchw(2, 2, 5, 7), Shape::nhwc(2, 3, 3, 20)].map(Result::unwrap) {
+        let (x, dy) = (Data::Normal.fill::<f32>(shape.len(), 1), Data::Normal.fill::<f32>(shape.len(), 2));
+        let (count, c) = (shape.count() as u64, shape.channels());
+        let saved = Saved::from_parts(count, vec![f32::INFINITY; c], vec![1.0; c], 1e-5).unwrap();
+        let expected = reference::gradient_sums(&shape, &x, &dy, &saved);
+        for tier in tiers() {
+            let bn = plan::<f32>(shape, tier, Parallelism::Sequential);
+            let mut sums = vec![GradientSums::default(); c];
+            bn.gradient_sums(&x, &dy, &saved, &mut sums).unwrap();
+            assert_sums(&format!("gradient_sums on {tier}"), &sums, &expected);
+        }
+    }
+}

@@ -14,33 +14,32 @@ use super::sums::{self, Columns, RowBlock, Terms};
 use crate::element::{Element, Real};
 use crate::grid::Runs;
 use crate::moments::GradientSums;
-use crate::simd::{Compute, Isa, Load, Native, Vector, Widened};
+use crate::simd::{Compute, Isa, Vector};
 
 /// `dy` and `dy * (x - hi) * inv_std`, `hi` the rounded mean.
-struct Weighted<L, E> {
+struct Weighted<E> {
     x: *const E,
     dy: *const E,
-    load: PhantomData<L>,
 }
 
-impl<I: Isa, E: Element, L: Load<I, Element = E>> Terms<I, 2> for Weighted<L, E> {
-    type Vector = L::Vector;
+impl<I: Isa, E: Element> Terms<I, 2> for Weighted<E> {
+    type Vector = Compute<I, E>;
 
     #[inline(always)]
     unsafe fn at<const FULL: bool>(
         &self,
         isa: I,
-        [hi, inv_std]: &[L::Vector; 2],
+        [hi, inv_std]: &[Self::Vector; 2],
         at: usize,
         n: usize,
-    ) -> (L::Vector, L::Vector) {
+    ) -> (Self::Vector, Self::Vector) {
         // SAFETY: the caller's promise.
         let (x, dy) = unsafe {
             if FULL {
-                (L::load(isa, self.x.add(at)), L::load(isa, self.dy.add(at)))
+                (E::load(isa, self.x.add(at)), E::load(isa, self.dy.add(at)))
             } else {
-                let zero = L::Vector::splat(isa, Default::default());
-                (L::load_first(isa, self.x.add(at), n, *hi), L::load_first(isa, self.dy.add(at), n, zero))
+                let zero = Compute::<I, E>::splat(isa, Default::default());
+                (E::load_first(isa, self.x.add(at), n, *hi), E::load_first(isa, self.dy.add(at), n, zero))
             }
         };
         (dy, dy.mul(x.sub(*hi).mul(*inv_std)))
@@ -64,16 +63,32 @@ pub(crate) unsafe fn of_runs<I: Isa, E: Element>(
     [hi, inv_std]: [E::Param; 2],
     runs: Runs,
 ) -> [f64; 2] {
-    let terms = Weighted { x, dy, load: PhantomData::<Native<E>> };
     // SAFETY: the caller's promise.
-    let (a, b) = unsafe { sums::over_runs(isa, &terms, [hi, inv_std], runs) };
+    let (a, b) = unsafe { sums::over_runs(isa, &Weighted { x, dy }, [hi, inv_std], runs) };
     if is_sound([a, b]) {
         return [a, b];
     }
-    let terms = Weighted { x, dy, load: PhantomData::<Widened<E>> };
-    // SAFETY: the caller's promise.
-    let (a, b) = unsafe { sums::over_runs(isa, &terms, [hi.to_f64(), inv_std.to_f64()], runs) };
-    [a, b]
+    let elements = (0..runs.size()).map(|i| runs.start + i / runs.len * runs.stride + i % runs.len);
+    // SAFETY: the elements are those of the runs.
+    unsafe { in_f64(x, dy, [hi, inv_std], elements) }
+}
+
+/// The sums over `elements`, one after the other in f64, for what f32 does not hold.
+///
+/// # Safety
+/// The elements lie inside the tensors at `x` and `dy`.
+unsafe fn in_f64<E: Element>(
+    x: *const E,
+    dy: *const E,
+    params: [E::Param; 2],
+    elements: impl Iterator<Item = usize>,
+) -> [f64; 2] {
+    let [hi, inv_std] = params.map(Real::to_f64);
+    elements.fold([0.0, 0.0], |[a, b], at| {
+        // SAFETY: the caller's promise.
+        let (x, dy) = unsafe { (x.add(at).read().to_param().to_f64(), dy.add(at).read().to_param().to_f64()) };
+        [a + dy, b + dy * ((x - hi) * inv_std)]
+    })
 }
 
 /// `[sum(dy), sum(dy * (x - hi) * inv_std)]` of each channel of a block of rows, for the channels of
@@ -95,30 +110,21 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element>(
     let (first, last) = (block.columns.0, block.columns.1.min(block.channels));
     let padded = columns.wide[0].len();
     for c in first..last {
-        [columns.params[c], columns.params[padded + c]] = params(c);
+        [columns.params[c - first], columns.params[padded + c - first]] = params(c);
     }
     for c in channels..block.period {
         columns.params[c] = columns.params[c - channels];
         columns.params[padded + c] = columns.params[padded + c - channels];
     }
-    let terms = Weighted { x, dy, load: PhantomData::<Native<E>> };
     // SAFETY: the caller's promise.
-    unsafe { sums::over_rows(isa, &terms, block, columns) };
+    unsafe { sums::over_rows(isa, &Weighted { x, dy }, block, columns) };
     let [a, b] = out;
-    a.copy_from_slice(&columns.wide[0][first..last]);
-    b.copy_from_slice(&columns.wide[1][first..last]);
     for (c, (a, b)) in (first..last).zip(a.iter_mut().zip(b)) {
+        [*a, *b] = columns.wide.each_ref().map(|wide| wide[c - first]);
         if !is_sound([*a, *b]) {
-            let [hi, inv_std] = params(c).map(Real::to_f64);
-            (*a, *b) = (0.0, 0.0);
-            for r in 0..block.len / channels {
-                let at = block.start + r * channels + c;
-                // SAFETY: row `r` and channel `c` lie inside the block.
-                let (x, dy) = unsafe { (x.add(at).read(), dy.add(at).read()) };
-                let dy = dy.to_param().to_f64();
-                *a += dy;
-                *b += dy * ((x.to_param().to_f64() - hi) * inv_std);
-            }
+            let elements = (0..block.len / channels).map(|row| block.start + row * channels + c);
+            // SAFETY: the elements are those of the channel in the block.
+            [*a, *b] = unsafe { in_f64(x, dy, params(c), elements) };
         }
     }
 }

@@ -161,7 +161,7 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element>(
     let value = |r: usize, c: usize| unsafe { x.add(block.start + r * channels + c).read().to_param() };
     for c in first..last {
         let at = |i: usize| value(i * rows / SAMPLES, c);
-        columns.params[c] = mean_of_four([at(0), at(1), at(2), at(3)]);
+        columns.params[c - first] = mean_of_four([at(0), at(1), at(2), at(3)]);
     }
     for c in channels..block.period {
         columns.params[c] = columns.params[c - channels];
@@ -170,10 +170,10 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element>(
     // SAFETY: the caller's promise.
     unsafe { sums::over_rows(isa, &terms, block, columns) };
     let shifted = |columns: &Columns<'_, E::Param>, c: usize| Shifted {
-        shift: columns.params[c].to_f64(),
+        shift: columns.params[c - first].to_f64(),
         n,
-        s: columns.wide[0][c],
-        q: columns.wide[1][c],
+        s: columns.wide[0][c - first],
+        q: columns.wide[1][c - first],
     };
     let [mean, residue, m2] = out;
     let mut sound = true;

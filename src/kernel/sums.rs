@@ -125,7 +125,7 @@ pub(crate) struct RowBlock {
     pub(crate) columns: (usize, usize),
 }
 
-/// Memory for the sums of rows: each array has a value per column of the period, up to whole vectors.
+/// Memory for the sums of rows: each array has a value per column, up to whole vectors.
 pub(crate) struct Columns<'a, R> {
     /// The parameters of the terms, array after array.
     pub(crate) params: &'a mut [R],
@@ -135,8 +135,8 @@ pub(crate) struct Columns<'a, R> {
     pub(crate) wide: [&'a mut [f64]; 2],
 }
 
-/// The sums of both terms for each channel of the block, left in `columns.wide`; parameter `k` of column `c` is at
-/// `k * padded + c` of `columns.params`.
+/// The sums of both terms for each channel of the block, left in `columns.wide`; parameter `k` of the `i`-th column is at
+/// `k * padded + i` of `columns.params`.
 ///
 /// # Safety
 /// The block lies inside the tensors that `terms` was made for.
@@ -150,21 +150,20 @@ pub(crate) unsafe fn over_rows<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vect
     let lanes = R::Vector::<I>::LANES;
     let (first, last) = block.columns;
     let padded = columns.wide[0].len();
-    assert!(last.next_multiple_of(MAX_LANES) <= padded && first.is_multiple_of(MAX_LANES));
+    assert!((last - first).next_multiple_of(MAX_LANES) <= padded);
     assert!(columns.params.len() >= K * padded && columns.wide[1].len() == padded);
     assert!(columns.narrow.iter().all(|narrow| narrow.len() == padded));
     let params_at = columns.params.as_ptr();
     let [a_at, b_at] = [columns.narrow[0].as_mut_ptr(), columns.narrow[1].as_mut_ptr()];
-    let [wide_a, wide_b] = [columns.wide[0].as_mut_ptr(), columns.wide[1].as_mut_ptr()];
     let zero = R::Vector::<I>::splat(isa, R::default());
-    let end = last.next_multiple_of(lanes);
-    for c in first..end {
-        columns.wide[0][c] = 0.0;
-        columns.wide[1][c] = 0.0;
-    }
+    // Places in the arrays count from the first column.
+    let width = last - first;
+    let end = width.next_multiple_of(lanes);
+    columns.wide.iter_mut().for_each(|wide| wide[..end].fill(0.0));
+    let [wide_a, wide_b] = [columns.wide[0].as_mut_ptr(), columns.wide[1].as_mut_ptr()];
     // SAFETY: columns c..c + lanes lie below `padded`, the length of all arrays, by the assertions.
     unsafe {
-        let mut c = first;
+        let mut c = 0;
         while c < end {
             zero.store(a_at.add(c));
             zero.store(b_at.add(c));
@@ -175,22 +174,22 @@ pub(crate) unsafe fn over_rows<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vect
         let mut row = 0;
         while row < rows {
             let whole = (row + GROUP) * block.period <= block.len;
-            let from = block.start + row * block.period;
-            let mut c = first;
-            while c < last {
+            let from = block.start + row * block.period + first;
+            let mut c = 0;
+            while c < width {
                 let mut params = [zero; K];
                 for (k, vector) in params.iter_mut().enumerate() {
                     *vector = R::Vector::<I>::load(isa, params_at.add(k * padded + c));
                 }
                 let (mut ga, mut gb) = ([zero; GROUP], [zero; GROUP]);
-                if whole && c + lanes <= last {
+                if whole && c + lanes <= width {
                     for j in 0..GROUP {
                         (ga[j], gb[j]) = terms.at::<true>(isa, &params, from + j * block.period + c, lanes);
                     }
                 } else {
                     for j in 0..GROUP {
-                        let at = (row + j) * block.period + c;
-                        let n = (last - c).min(block.len.saturating_sub(at));
+                        let at = (row + j) * block.period + first + c;
+                        let n = (width - c).min(block.len.saturating_sub(at));
                         (ga[j], gb[j]) = some(isa, terms, &params, block.start + at.min(block.len), n);
                     }
                 }
@@ -202,7 +201,7 @@ pub(crate) unsafe fn over_rows<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vect
             groups += 1;
             if groups == GROUPS || row >= rows {
                 groups = 0;
-                let mut c = first;
+                let mut c = 0;
                 while c < end {
                     R::Vector::<I>::load(isa, a_at.add(c)).add_widened(wide_a.add(c));
                     R::Vector::<I>::load(isa, b_at.add(c)).add_widened(wide_b.add(c));
