@@ -29,7 +29,7 @@ pub enum Stores {
 /// Bytes of a tensor from which on it is stored past the caches.
 const STREAM: usize = 24 << 20;
 /// Bytes of the runs of a tensor from which on streaming pays: it wants whole lines.
-const STREAM_RUN: usize = 512;
+const STREAM_RUN: usize = 8 << 10;
 /// Bytes of the channels that a thread reduces before it writes the first of them: small enough for a second-level cache,
 /// large enough for long stretches of memory.
 const BATCH_BYTES: usize = 1 << 20;

@@ -148,11 +148,17 @@ unsafe fn span<I: Isa, M: Map<I, K>, P: Parameters<I, M::Element, K>, const K: u
             i += lanes;
         }
         if head > 0 {
-            // The rest of this vector would fetch a streamed line again.
             M::Element::store_first(isa, first, to, head);
         }
         if i < len {
-            M::Element::store(isa, last, to.add(len - lanes));
+            if stream {
+                // The whole last vector would fetch a streamed line again; nothing here is in place.
+                params.seek(i);
+                let value = map.at::<false>(isa, &params.next(isa), start + i, len - i);
+                M::Element::store_first(isa, value, to.add(i), len - i);
+            } else {
+                M::Element::store(isa, last, to.add(len - lanes));
+            }
         }
     }
 }
