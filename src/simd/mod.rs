@@ -30,7 +30,7 @@ pub trait Isa: Copy + Send + Sync {
     /// 8 lanes of f64.
     type F64: Vector<Self, Scalar = f64>;
 
-    /// Asks the caches for the line at `at`, which may be any address.
+    /// Asks the second-level cache for the line at `at`, which may be any address.
     fn prefetch(self, at: *const u8);
     /// Makes streamed stores visible to other threads in order.
     fn fence(self);

@@ -18,7 +18,7 @@ impl Isa for Portable {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a hint; no address is wrong, and SSE is part of every x86-64.
         unsafe {
-            core::arch::x86_64::_mm_prefetch::<{ core::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+            core::arch::x86_64::_mm_prefetch::<{ core::arch::x86_64::_MM_HINT_T1 }>(at.cast());
         }
         let _ = at;
     }
