@@ -139,7 +139,7 @@ impl Context {
         A: Application<E, K, Given = R::Closed>,
     {
         let (wide, narrow) = scratch.parts(self.need::<S, K>());
-        // SAFETY: each channel is closed once, see `reduce_with`.
+        // SAFETY: each channel is closed once, by each of the arms below.
         let close = |c, values| application.coefficients(c, unsafe { reduction.close(c, values) });
         match self.geometry {
             Geometry::Planar(planar) if self.by_channel(planar) => {

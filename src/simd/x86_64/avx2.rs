@@ -2,6 +2,7 @@
 
 use core::arch::x86_64::*;
 
+use super::fold_four;
 use crate::simd::{Isa, Tier, Vector};
 
 /// Proof that the CPU has AVX2 and F16C.
@@ -293,11 +294,7 @@ impl Vector<Avx2> for F64 {
     #[inline(always)]
     fn fold(sums: F64) -> f64 {
         // SAFETY: the argument proves AVX2.
-        unsafe {
-            let four = _mm256_add_pd(sums.0[0], sums.0[1]);
-            let two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd::<1>(four));
-            _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)))
-        }
+        unsafe { fold_four(_mm256_add_pd(sums.0[0], sums.0[1])) }
     }
     #[inline(always)]
     unsafe fn add_widened(self, sums: *mut f64) {

@@ -2,6 +2,7 @@
 
 use core::arch::x86_64::*;
 
+use super::fold_four;
 use crate::simd::{Isa, Tier, Vector};
 
 /// Proof that the CPU has AVX-512 F, BW, DQ and VL.
@@ -234,11 +235,7 @@ impl Vector<Avx512> for F64 {
     #[inline(always)]
     fn fold(sums: F64) -> f64 {
         // SAFETY: the argument proves AVX-512.
-        unsafe {
-            let four = _mm256_add_pd(_mm512_castpd512_pd256(sums.0), _mm512_extractf64x4_pd::<1>(sums.0));
-            let two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd::<1>(four));
-            _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)))
-        }
+        unsafe { fold_four(_mm256_add_pd(_mm512_castpd512_pd256(sums.0), _mm512_extractf64x4_pd::<1>(sums.0))) }
     }
     #[inline(always)]
     unsafe fn add_widened(self, sums: *mut f64) {
