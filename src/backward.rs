@@ -1,10 +1,10 @@
 //! The backward pass: the sums that the gradients are made of, and the gradient of the input.
 
 use crate::element::{Element, Real};
-use crate::grid::{InOut, Runs, Source};
+use crate::grid::{Band, InOut, Runs, Source};
 use crate::kernel::gradient;
 use crate::kernel::map::{Map, Target};
-use crate::kernel::sums::{Columns, RowBlock};
+use crate::kernel::sums::{Columns, RowBlock, RunSums};
 use crate::moments::{GradientSums, MergeWeights, Saved};
 use crate::pass::{Application, Reduction};
 use crate::simd::Isa;
@@ -19,12 +19,23 @@ pub(crate) struct GradientSumsOf<'a, E: Element, F> {
 
 impl<E: Element, T, F: Fn(usize, GradientSums) -> T + Sync> Reduction<E, 2> for GradientSumsOf<'_, E, F> {
     type Closed = T;
+    type Block<I: Isa> = gradient::Block<I, E>;
 
     #[inline(always)]
-    unsafe fn runs<I: Isa>(&self, isa: I, channel: usize, runs: Runs) -> [f64; 2] {
-        let params = [self.saved.mean[channel], self.saved.inv_std[channel]];
+    unsafe fn begin<I: Isa>(&self, isa: I, channel: usize, _: Runs) -> gradient::Block<I, E> {
+        RunSums::new(isa, [self.saved.mean[channel], self.saved.inv_std[channel]])
+    }
+
+    #[inline(always)]
+    unsafe fn add<I: Isa>(&self, isa: I, block: &mut gradient::Block<I, E>, band: Band, ahead: usize) {
         // SAFETY: the caller's promise.
-        unsafe { gradient::of_runs(isa, self.x.as_ptr(), self.dy.as_ptr(), params, runs) }
+        unsafe { gradient::add(isa, self.x.as_ptr(), self.dy.as_ptr(), block, band, ahead) }
+    }
+
+    #[inline(always)]
+    unsafe fn end<I: Isa>(&self, _: I, block: &gradient::Block<I, E>, runs: Runs) -> [f64; 2] {
+        // SAFETY: the caller's promise.
+        unsafe { gradient::end(self.x.as_ptr(), self.dy.as_ptr(), block, runs) }
     }
 
     #[inline(always)]

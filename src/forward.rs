@@ -1,7 +1,7 @@
 //! The forward pass: moments of a batch, and normalization with statistics of any origin.
 
 use crate::element::{Element, Real};
-use crate::grid::{InOut, Runs, Source};
+use crate::grid::{Band, InOut, Runs, Source};
 use crate::kernel::map::{Map, Target};
 use crate::kernel::sums::{Columns, RowBlock};
 use crate::kernel::{moments, normalize};
@@ -32,11 +32,24 @@ pub(crate) struct MomentsOf<'a, E, F> {
 
 impl<E: Element, T, F: Fn(usize, Moments) -> T + Sync> Reduction<E, 3> for MomentsOf<'_, E, F> {
     type Closed = T;
+    type Block<I: Isa> = moments::Block<I, E>;
 
     #[inline(always)]
-    unsafe fn runs<I: Isa>(&self, isa: I, _: usize, runs: Runs) -> [f64; 3] {
+    unsafe fn begin<I: Isa>(&self, isa: I, _: usize, runs: Runs) -> moments::Block<I, E> {
         // SAFETY: the caller's promise; an empty tensor has no blocks.
-        unsafe { moments::of_runs(isa, self.x.as_ptr(), runs) }
+        unsafe { moments::begin(isa, self.x.as_ptr(), runs) }
+    }
+
+    #[inline(always)]
+    unsafe fn add<I: Isa>(&self, isa: I, block: &mut moments::Block<I, E>, band: Band, ahead: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { moments::add(isa, self.x.as_ptr(), block, band, ahead) }
+    }
+
+    #[inline(always)]
+    unsafe fn end<I: Isa>(&self, isa: I, block: &moments::Block<I, E>, runs: Runs) -> [f64; 3] {
+        // SAFETY: the caller's promise; an empty tensor has no blocks.
+        unsafe { moments::end(isa, self.x.as_ptr(), block, runs) }
     }
 
     #[inline(always)]

@@ -11,6 +11,8 @@ use crate::simd::MAX_LANES;
 
 /// Elements of one block of a channel: small enough for the cache, and for one shift to suit all its values.
 const PLANAR_BLOCK: usize = 8192;
+/// Runs that are summed together.
+pub(crate) const BAND: usize = 4;
 /// Elements of one block of rows, before the limits on its rows.
 const ROWS_BLOCK: usize = 65536;
 /// The fewest rows worth one merge per channel, and the most.
@@ -45,16 +47,6 @@ impl Geometry {
     }
 }
 
-impl Geometry {
-    /// The length of the contiguous runs of a channel, or of the rows together.
-    pub(crate) fn run(&self) -> usize {
-        match self {
-            Self::Planar(planar) => planar.plane,
-            Self::Rows(rows) => rows.rows * rows.channels,
-        }
-    }
-}
-
 /// `(planes, channels, plane)`, the values of a plane contiguous.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Planar {
@@ -72,10 +64,63 @@ pub(crate) struct Runs {
     pub(crate) stride: usize,
 }
 
+/// Up to [`BAND`] runs of `len` elements, `stride` apart, the first at `start`.
+#[derive(Clone, Copy)]
+pub(crate) struct Band {
+    pub(crate) start: usize,
+    pub(crate) len: usize,
+    pub(crate) rows: usize,
+    pub(crate) stride: usize,
+    /// Whether vectors are added across the runs; else along the one run.
+    pub(crate) across: bool,
+}
+
+impl Band {
+    /// The band `by` elements further on.
+    pub(crate) fn shifted(self, by: usize) -> Self {
+        Self { start: self.start + by, ..self }
+    }
+
+    /// Cuts off the first `len` elements of the runs, or all.
+    pub(crate) fn split(&mut self, len: usize) -> Self {
+        let first = Self { len: len.min(self.len), ..*self };
+        self.start += first.len;
+        self.len -= first.len;
+        first
+    }
+}
+
 impl Runs {
     /// The number of elements.
     pub(crate) fn size(&self) -> usize {
         self.len * self.count
+    }
+
+    /// Where each run starts.
+    pub(crate) fn starts(self) -> impl Iterator<Item = usize> {
+        (0..self.count).map(move |run| self.start + run * self.stride)
+    }
+
+    /// The runs in the order in which they are summed: together if there are enough of them, else one by one.
+    pub(crate) fn bands(self) -> impl Iterator<Item = Band> {
+        let rows = if self.count >= BAND { BAND } else { 1 };
+        (0..self.count).step_by(rows).map(move |run| Band {
+            start: self.start + run * self.stride,
+            len: self.len,
+            rows: rows.min(self.count - run),
+            stride: self.stride,
+            across: rows > 1,
+        })
+    }
+
+    /// Whether more runs follow after `band`.
+    pub(crate) fn follow(&self, band: Band) -> bool {
+        band.start + (band.rows - 1) * band.stride < self.start + (self.count - 1) * self.stride
+    }
+
+    /// The runs `by` elements further on.
+    pub(crate) fn shifted(self, by: usize) -> Self {
+        Self { start: self.start + by, ..self }
     }
 
     /// `K` places spread evenly over the elements, each followed by at least `width` elements of its run.
@@ -99,6 +144,12 @@ impl Planar {
 
     fn planes_per_block(&self) -> usize {
         PLANAR_BLOCK / self.plane.max(1)
+    }
+
+    /// Images whose planes are summed together.
+    pub(crate) fn band(&self) -> usize {
+        let count = if self.plane > PLANAR_BLOCK { 1 } else { self.planes_per_block().min(self.planes) };
+        if count >= BAND { BAND } else { 1 }
     }
 
     pub(crate) fn block(&self, channel: usize, block: usize) -> Runs {

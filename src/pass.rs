@@ -5,7 +5,7 @@ use core::marker::PhantomData;
 use core::ops::Range;
 
 use crate::element::Element;
-use crate::grid::{Disjoint, Geometry, Planar, Rows, Runs, for_each_piece, pieces};
+use crate::grid::{Band, Disjoint, Geometry, Planar, Rows, Runs, for_each_piece, pieces};
 use crate::kernel::map::{self, Map, Periodic, Target};
 use crate::kernel::sums::{Columns, RowBlock};
 use crate::moments::MergeWeights;
@@ -18,6 +18,13 @@ const TERM_PARAMS: usize = 2;
 const MAP_STRETCH: usize = 16384;
 /// The most channels of a batch.
 pub(crate) const BATCH: usize = 64;
+/// Elements that are read before as many are written.
+const TURN: usize = 1024;
+/// Bytes of one image of a batch above which the next image is not prefetched: it would leave the cache again.
+const AHEAD: usize = 128 * 1024;
+/// The shortest plane, and the shortest run of the planes of a batch, that a pass goes over once; in bytes.
+const FUSED_PLANE: usize = 512;
+const FUSED_RUN: usize = 4096;
 /// Merges of one channel that are worth another thread.
 const MERGES: usize = 65536;
 
@@ -26,11 +33,26 @@ pub(crate) trait Reduction<E: Element, const S: usize>: Sync {
     /// What the second half learns of a channel.
     type Closed;
 
-    /// The values of one block of a channel.
+    /// What is known of a block of a channel while its runs are read.
+    type Block<I: Isa>: Copy;
+
+    /// Starts a block.
     ///
     /// # Safety
     /// The runs come from the grid of the tensors' shape.
-    unsafe fn runs<I: Isa>(&self, isa: I, channel: usize, runs: Runs) -> [f64; S];
+    unsafe fn begin<I: Isa>(&self, isa: I, channel: usize, runs: Runs) -> Self::Block<I>;
+
+    /// Adds a band of the block, or a part of it of whole groups. The elements `ahead` of it are prefetched, none for 0.
+    ///
+    /// # Safety
+    /// The band lies inside the tensors.
+    unsafe fn add<I: Isa>(&self, isa: I, block: &mut Self::Block<I>, band: Band, ahead: usize);
+
+    /// The values of a block whose runs were all added.
+    ///
+    /// # Safety
+    /// As [`Reduction::begin`].
+    unsafe fn end<I: Isa>(&self, isa: I, block: &Self::Block<I>, runs: Runs) -> [f64; S];
 
     /// The values of the channels of one block of rows; of channel `block.columns.0 + i` in `out[k][i]`.
     ///
@@ -87,22 +109,31 @@ pub(crate) struct Context {
     pub(crate) workers: usize,
     /// Channels that a thread takes at once, at most [`BATCH`].
     pub(crate) batch: usize,
+    /// Whether tensors come from memory: then it pays to ask for them ahead, and to read them once.
+    pub(crate) large: bool,
 }
 
 impl Context {
-    /// Whether a thread has whole channels, so that it can apply while a channel is in its cache.
+    /// Whether each thread has whole channels, rather than blocks of them.
     fn by_channel(&self, planar: Planar) -> bool {
         planar.channels >= 8 * self.workers || planar.channels.is_multiple_of(self.workers)
+    }
+
+    /// Whether both halves go over the tensor together: not where it stays in a cache, nor in short steps.
+    fn fused<E>(&self, planar: Planar) -> bool {
+        let plane = planar.plane * size_of::<E>();
+        let run = plane * self.batch.min(planar.channels);
+        self.large && plane >= FUSED_PLANE && run >= FUSED_RUN && self.by_channel(planar)
     }
 
     /// Scratch for a reduction to `S` values and a map of `K` coefficients; either may be 0 for none.
     pub(crate) fn need<const S: usize, const K: usize>(&self) -> Need {
         match self.geometry {
-            Geometry::Planar(planar) if S > 0 && K > 0 && self.by_channel(planar) => Need::default(),
             // A shape need not have been allocated to be asked about, so these products saturate.
-            Geometry::Planar(p) => Need {
-                wide: p.channels.saturating_mul(p.blocks()).saturating_mul(S),
-                narrow: p.channels.saturating_mul(K),
+            Geometry::Planar(planar) => Need {
+                wide: if self.by_channel(planar) { 0 } else { planar.channels.saturating_mul(planar.blocks()) }
+                    .saturating_mul(S),
+                narrow: planar.channels.saturating_mul(K),
             },
             Geometry::Rows(rows) => {
                 let work = if S > 0 { self.row_pieces(rows).saturating_mul(self.row_width(rows)) } else { 0 };
@@ -142,17 +173,19 @@ impl Context {
         // SAFETY: each channel is closed once, by each of the arms below.
         let close = |c, values| application.coefficients(c, unsafe { reduction.close(c, values) });
         match self.geometry {
-            Geometry::Planar(planar) if self.by_channel(planar) => {
+            Geometry::Planar(planar) if self.fused::<E>(planar) => {
                 for_each_piece(self.workers, planar.channels, |_, channels| {
-                    let (close, element) = (&close, PhantomData);
-                    let batch = self.batch;
-                    dispatch(self.tier, Channels { planar, channels, reduction, application, close, batch, element });
+                    let reader = self.reader(planar, channels, reduction);
+                    dispatch(self.tier, Fused::<E, R, A, _, S, K> { reader, application, close: &close });
                 });
             }
             Geometry::Planar(planar) => {
-                self.reduce_planar(planar, reduction, wide);
                 let coefficients: &mut [[E::Param; K]] = narrow.as_chunks_mut().0;
-                close_planar::<E, R, S>(planar, wide, |c, values| coefficients[c] = close(c, values));
+                let out = Disjoint::new(coefficients);
+                self.reduce_planar(planar, reduction, wide, |c, values| {
+                    // SAFETY: each channel is closed once.
+                    unsafe { out.set(c, close(c, values)) }
+                });
                 self.apply_planar(planar, application, coefficients, Order::Backwards);
             }
             Geometry::Rows(rows) => {
@@ -179,13 +212,10 @@ impl Context {
     {
         let (wide, narrow) = scratch.parts(self.need::<S, 0>());
         match self.geometry {
-            Geometry::Planar(planar) => {
-                self.reduce_planar(planar, reduction, wide);
-                close_planar::<E, R, S>(planar, wide, |c, values| {
-                    // SAFETY: each channel is closed once.
-                    unsafe { reduction.close(c, values) };
-                });
-            }
+            Geometry::Planar(planar) => self.reduce_planar(planar, reduction, wide, |c, values| {
+                // SAFETY: each channel is closed once.
+                unsafe { reduction.close(c, values) };
+            }),
             Geometry::Rows(rows) => self.reduce_rows(rows, reduction, wide, narrow, |c, values| {
                 // SAFETY: each channel is closed once.
                 unsafe { reduction.close(c, values) };
@@ -226,19 +256,39 @@ impl Context {
         }
     }
 
+    fn reader<E, R>(self, planar: Planar, channels: Range<usize>, reduction: &R) -> Reader<'_, E, R> {
+        Reader { planar, channels, reduction, batch: self.batch, prefetches: self.large, element: PhantomData }
+    }
+
     fn reduce_planar<E: Element, R: Reduction<E, S>, const S: usize>(
         self,
         planar: Planar,
         reduction: &R,
         wide: &mut [f64],
+        close: impl Fn(usize, [f64; S]) + Sync,
     ) {
-        let out: &mut [[f64; S]] = wide.as_chunks_mut().0;
-        let out = Disjoint::new(out);
+        if self.by_channel(planar) {
+            return for_each_piece(self.workers, planar.channels, |_, channels| {
+                dispatch(
+                    self.tier,
+                    Reduce::<E, R, _, S> { reader: self.reader(planar, channels, reduction), close: &close },
+                );
+            });
+        }
+        let values: &mut [[f64; S]] = wide.as_chunks_mut().0;
+        let out = Disjoint::new(values);
         for_each_piece(self.workers, planar.channels * planar.blocks(), |_, blocks| {
             // SAFETY: the ranges of the pieces do not overlap.
             let out = unsafe { out.slice(blocks.clone()) };
             dispatch(self.tier, PlanarBlocks { planar, blocks, reduction, out, element: PhantomData::<E> });
         });
+        for (c, blocks) in values.chunks_exact(planar.blocks()).enumerate() {
+            let mut total = Merged::<E, R, S>::new();
+            for (b, &block) in blocks.iter().enumerate() {
+                total.add(block, planar.block(c, b).size());
+            }
+            close(c, total.values);
+        }
     }
 
     fn apply_planar<E: Element, A: Application<E, K>, const K: usize>(
@@ -248,13 +298,14 @@ impl Context {
         coefficients: &[[E::Param; K]],
         order: Order,
     ) {
-        let cuts = planar.plane.div_ceil(MAP_STRETCH).max(1);
-        let parts = planar.planes * planar.channels * cuts;
-        let together = (MAP_STRETCH / planar.plane.max(1)).max(1);
-        for_each_piece(self.workers, parts.div_ceil(together), |_, stretches| {
+        let len = planar.planes * planar.channels * planar.plane;
+        // Where one stretch ends and the next begins, stores are aligned.
+        let lead = application.target().lead();
+        let cut = |i: usize| if i == 0 { 0 } else { (i * MAP_STRETCH + MAX_LANES - lead).min(len) };
+        for_each_piece(self.workers, len.div_ceil(MAP_STRETCH), |_, stretches| {
             for i in order.over(stretches) {
-                let parts = i * together..((i + 1) * together).min(parts);
-                dispatch(self.tier, PlanarMap::<E, A, K> { planar, cuts, parts, application, coefficients });
+                let elements = cut(i)..if (i + 1) * MAP_STRETCH >= len { len } else { cut(i + 1) };
+                dispatch(self.tier, PlanarMap::<E, A, K> { planar, elements, application, coefficients });
             }
         });
     }
@@ -306,22 +357,6 @@ impl Context {
     }
 }
 
-/// Merges the blocks of each channel in order and passes the result on.
-fn close_planar<E: Element, R: Reduction<E, S>, const S: usize>(
-    planar: Planar,
-    values: &[f64],
-    mut close: impl FnMut(usize, [f64; S]),
-) {
-    let values: &[[f64; S]] = values.as_chunks().0;
-    for (c, blocks) in values.chunks_exact(planar.blocks()).enumerate() {
-        let mut total = Merged::<E, R, S>::new();
-        for (b, &block) in blocks.iter().enumerate() {
-            total.add(block, planar.block(c, b).size());
-        }
-        close(c, total.values);
-    }
-}
-
 /// Writes the coefficients of a channel to its columns.
 ///
 /// # Safety
@@ -370,19 +405,147 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Merged<E, R, S> {
     }
 }
 
-/// Both halves for whole channels: the second one while the channel is in cache.
-struct Channels<'a, E, R, A, F, const S: usize, const K: usize> {
+/// Work that is done in turns with reading. Not a closure: one would not be compiled for the tier.
+trait Turns {
+    /// After `n` more elements were read.
+    fn turn(&mut self, n: usize);
+}
+
+impl Turns for () {
+    #[inline(always)]
+    fn turn(&mut self, _: usize) {}
+}
+
+impl<I: Isa, M: Map<I, K>, const K: usize> Turns for map::Images<'_, I, M, K> {
+    #[inline(always)]
+    fn turn(&mut self, n: usize) {
+        self.write(n);
+    }
+}
+
+/// Reads a range of channels, batch after batch.
+struct Reader<'a, E, R> {
     planar: Planar,
     channels: Range<usize>,
     reduction: &'a R,
-    application: &'a A,
-    close: &'a F,
-    /// Channels that are reduced before the first of them is written: their latencies overlap.
+    /// Channels of a batch.
     batch: usize,
+    prefetches: bool,
     element: PhantomData<E>,
 }
 
-impl<E, R, A, F, const S: usize, const K: usize> Kernel for Channels<'_, E, R, A, F, S, K>
+/// What is known of the channels of a batch: of their blocks while they are read, and in all.
+struct Batch<B, E, R, const S: usize> {
+    blocks: [B; BATCH],
+    totals: [Merged<E, R, S>; BATCH],
+}
+
+impl<E: Element, R> Reader<'_, E, R> {
+    fn batch_from(&self, start: usize) -> Range<usize> {
+        start..(start + self.batch).min(self.channels.end)
+    }
+
+    /// Elements from one image to the next.
+    fn pitch(&self) -> usize {
+        self.planar.channels * self.planar.plane
+    }
+
+    /// Images that are prefetched while others are read; none where they would leave the cache again.
+    fn images_ahead(&self) -> usize {
+        let images = self.planar.band();
+        let bytes = images * self.batch * self.planar.plane * size_of::<E>();
+        if self.prefetches && bytes <= AHEAD { images } else { 0 }
+    }
+
+    #[inline(always)]
+    fn start<I: Isa, const S: usize>(&self, isa: I) -> Batch<R::Block<I>, E, R, S>
+    where
+        R: Reduction<E, S>,
+    {
+        let c = self.channels.start;
+        // SAFETY: the runs come from the grid.
+        let block = unsafe { self.reduction.begin(isa, c, self.planar.block(c, 0)) };
+        Batch { blocks: [block; BATCH], totals: core::array::from_fn(|_| Merged::new()) }
+    }
+
+    /// Reduces the channels of `read` to the totals of `batch`, in turns with `other`.
+    #[inline(always)]
+    fn read<I: Isa, const S: usize>(
+        &self,
+        isa: I,
+        read: Range<usize>,
+        batch: &mut Batch<R::Block<I>, E, R, S>,
+        other: &mut impl Turns,
+    ) where
+        R: Reduction<E, S>,
+    {
+        let Self { planar, reduction, .. } = *self;
+        let (plane, pitch) = (planar.plane, self.pitch());
+        let prefetches = self.images_ahead() > 0;
+        let (blocks, totals) = (&mut batch.blocks[..read.len()], &mut batch.totals[..read.len()]);
+        totals.fill_with(Merged::new);
+        for b in 0..planar.blocks() {
+            let first = planar.block(read.start, b);
+            for (i, (c, block)) in read.clone().zip(&mut *blocks).enumerate() {
+                // SAFETY: the runs come from the grid.
+                *block = unsafe { reduction.begin(isa, c, first.shifted(i * plane)) };
+            }
+            for band in first.bands() {
+                let ahead = match prefetches {
+                    true if band.start + band.rows * pitch < planar.planes * pitch => band.rows * pitch,
+                    // The next batch begins in the first image.
+                    true if read.end < self.channels.end => (read.end * plane).wrapping_sub(band.start),
+                    _ => 0,
+                };
+                for (i, block) in blocks.iter_mut().enumerate() {
+                    let mut rest = band.shifted(i * plane);
+                    while rest.len > 0 {
+                        let part = rest.split(TURN);
+                        // SAFETY: the runs come from the grid.
+                        unsafe { reduction.add(isa, block, part, ahead) };
+                        other.turn(part.len * part.rows);
+                    }
+                }
+            }
+            for (i, (block, total)) in blocks.iter().zip(&mut *totals).enumerate() {
+                // SAFETY: the runs come from the grid.
+                total.add(unsafe { reduction.end(isa, block, first.shifted(i * plane)) }, first.size());
+            }
+        }
+    }
+}
+
+/// The first half for whole channels.
+struct Reduce<'a, E, R, F, const S: usize> {
+    reader: Reader<'a, E, R>,
+    close: &'a F,
+}
+
+impl<E: Element, R: Reduction<E, S>, F: Fn(usize, [f64; S]), const S: usize> Kernel for Reduce<'_, E, R, F, S> {
+    type Output = ();
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let mut batch = self.reader.start(isa);
+        let mut read = self.reader.batch_from(self.reader.channels.start);
+        while !read.is_empty() {
+            self.reader.read(isa, read.clone(), &mut batch, &mut ());
+            for (c, total) in read.clone().zip(&batch.totals) {
+                (self.close)(c, total.values);
+            }
+            read = self.reader.batch_from(read.end);
+        }
+    }
+}
+
+/// Both halves for whole channels. While a batch of neighbouring channels is written from the cache, the next one is read
+/// from memory, so that neither side of memory waits for the other.
+struct Fused<'a, E, R, A, F, const S: usize, const K: usize> {
+    reader: Reader<'a, E, R>,
+    application: &'a A,
+    close: &'a F,
+}
+
+impl<E, R, A, F, const S: usize, const K: usize> Kernel for Fused<'_, E, R, A, F, S, K>
 where
     E: Element,
     R: Reduction<E, S>,
@@ -392,33 +555,28 @@ where
     type Output = ();
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let target = self.application.target();
-        let map = self.application.map::<I>();
-        let end = self.channels.end;
-        for first in self.channels.step_by(self.batch) {
-            let last = (first + self.batch).min(end);
-            let (mut totals, mut coefficients) = ([[0.0; S]; BATCH], [[E::Param::default(); K]; BATCH]);
-            for (c, values) in (first..last).zip(&mut totals) {
-                let mut total = Merged::<E, R, S>::new();
-                for b in 0..self.planar.blocks() {
-                    let runs = self.planar.block(c, b);
-                    // SAFETY: the runs come from the grid.
-                    total.add(unsafe { self.reduction.runs(isa, c, runs) }, runs.size());
-                }
-                *values = total.values;
+        let Self { reader, application, close } = self;
+        let Planar { planes, plane, .. } = reader.planar;
+        let target = application.target();
+        let map = application.map::<I>();
+        let mut batch = reader.start(isa);
+        let mut coefficients = [[E::Param::default(); K]; BATCH];
+        let start = reader.channels.start;
+        let (mut written, mut read) = (start..start, reader.batch_from(start));
+        while !written.is_empty() || !read.is_empty() {
+            // Of the batch that is read, from the place that is written.
+            let images = 2 * reader.images_ahead();
+            let far = if read.is_empty() || images == 0 { 0 } else { images * reader.pitch() + written.len() * plane };
+            let params = &coefficients[..written.len()];
+            let places = (written.start * plane, plane, reader.pitch(), planes);
+            // SAFETY: these channels belong to this piece alone.
+            let mut writer = unsafe { map::Images::new(isa, &map, params, places, target, (images, far)) };
+            reader.read(isa, read.clone(), &mut batch, &mut writer);
+            writer.finish();
+            for (c, (coefficients, total)) in read.clone().zip(coefficients.iter_mut().zip(&batch.totals)) {
+                *coefficients = close(c, total.values);
             }
-            for (c, (coefficients, values)) in (first..last).zip(coefficients.iter_mut().zip(totals)) {
-                *coefficients = (self.close)(c, values);
-            }
-            // The next batch, whose planes follow those of this one, is fetched while this one is written.
-            let plane = self.planar.plane;
-            let ahead = if last < end { self.batch * plane } else { 0 };
-            // Backwards: what was read last is still in the nearest cache.
-            for b in (0..self.planar.blocks()).rev() {
-                let runs = (self.planar.block(first, b), plane);
-                // SAFETY: the runs come from the grid, and no other piece has these channels.
-                unsafe { map::over_runs(isa, &map, &coefficients[..last - first], runs, target, ahead) };
-            }
+            (written, read) = (read.clone(), reader.batch_from(read.end));
         }
         if target.streaming {
             isa.fence();
@@ -442,17 +600,24 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Kernel for PlanarBlocks<'_,
         let per_channel = self.planar.blocks();
         for (block, out) in self.blocks.zip(self.out) {
             let (c, b) = (block / per_channel, block % per_channel);
+            let runs = self.planar.block(c, b);
             // SAFETY: the runs come from the grid.
-            *out = unsafe { self.reduction.runs(isa, c, self.planar.block(c, b)) };
+            *out = unsafe {
+                let mut block = self.reduction.begin(isa, c, runs);
+                for band in runs.bands() {
+                    let ahead = if runs.follow(band) { band.rows * band.stride } else { 0 };
+                    self.reduction.add(isa, &mut block, band, ahead);
+                }
+                self.reduction.end(isa, &block, runs)
+            };
         }
     }
 }
 
-/// The second half for a range of the planes in the order of memory, each cut into `cuts` parts.
+/// The second half for a range of elements.
 struct PlanarMap<'a, E: Element, A, const K: usize> {
     planar: Planar,
-    cuts: usize,
-    parts: Range<usize>,
+    elements: Range<usize>,
     application: &'a A,
     coefficients: &'a [[E::Param; K]],
 }
@@ -464,13 +629,11 @@ impl<E: Element, A: Application<E, K>, const K: usize> Kernel for PlanarMap<'_, 
         let map = self.application.map::<I>();
         let target = self.application.target();
         let Planar { plane, channels, .. } = self.planar;
-        for part in self.parts {
-            let (index, from) = (part / self.cuts, part % self.cuts * MAP_STRETCH);
-            let len = MAP_STRETCH.min(plane - from);
-            let run = Runs { start: index * plane + from, len, count: 1, stride: 0 };
-            // SAFETY: a part of a plane, and no other piece has it.
-            unsafe { map::over_runs(isa, &map, &self.coefficients[index % channels..][..1], (run, plane), target, 0) };
-        }
+        let index = self.elements.start / plane;
+        let end = self.elements.end;
+        let places = (self.elements, index % channels, (index + 1) * plane);
+        // SAFETY: a part of the tensor, and no other piece has it.
+        unsafe { map::Planes::new(isa, &map, self.coefficients, plane, places, target) }.write_to(end);
         if target.streaming {
             isa.fence();
         }

@@ -26,13 +26,11 @@ pub enum Stores {
     Streaming,
 }
 
-/// Bytes of a tensor from which on it is stored past the caches.
-const STREAM: usize = 24 << 20;
-/// Bytes of the runs of a tensor from which on streaming pays: it wants whole lines.
-const STREAM_RUN: usize = 8 << 10;
+/// Bytes of a tensor from which on memory is what a pass waits for: it is read ahead and stored past the caches.
+const LARGE: usize = 12 << 20;
 /// Bytes of the channels that a thread reduces before it writes the first of them: small enough for a second-level cache,
 /// large enough for long stretches of memory.
-const BATCH_BYTES: usize = 1 << 20;
+const BATCH_BYTES: usize = 600 << 10;
 
 /// The trained scale and offset of each channel, `C` values each; `None` stands for ones and for zeros.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -218,20 +216,26 @@ impl<E: Element> BatchNorm<E> {
     }
 
     fn context(&self) -> Context {
-        let workers = self.parallelism.workers(self.shape.len() * size_of::<E>());
+        let bytes = self.shape.len() * size_of::<E>();
         let channel = (self.shape.count() * size_of::<E>()).max(1);
         let batch = (BATCH_BYTES / channel).clamp(1, BATCH);
-        Context { geometry: self.geometry, tier: self.tier, workers, batch }
+        let workers = self.parallelism.workers(bytes);
+        Context {
+            geometry: self.geometry,
+            tier: self.tier,
+            workers,
+            batch,
+            large: bytes >= LARGE || self.stores == Stores::Streaming,
+        }
     }
 
     /// Whether a pass stores past the caches. In place the lines are at hand anyway.
     fn streams(&self, io: &InOut<'_, E>) -> bool {
-        let output = self.shape.len() * size_of::<E>();
         !io.is_in_place()
             && match self.stores {
                 Stores::Cached => false,
                 Stores::Streaming => true,
-                Stores::Auto => output >= STREAM && self.geometry.run() * size_of::<E>() >= STREAM_RUN,
+                Stores::Auto => self.shape.len() * size_of::<E>() >= LARGE,
             }
     }
 

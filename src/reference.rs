@@ -9,7 +9,8 @@
 //! A logical vector has [`lanes`] lanes. Sums are taken of two terms per element at once:
 //!
 //! - **A channel in planes** (channels first): the channel is cut into blocks by the shape alone, each of one or
-//!   more contiguous runs. Each run is cut into groups of four vectors, the last one filled up with zero terms.
+//!   more contiguous runs. The vectors are taken in groups of four: along the run, or, where a block has four runs or
+//!   more, across four runs at the same place. The end of a run is filled up with zero terms, and missing runs are zero.
 //!   A group adds `(v0 + v1) + (v2 + v3)` to the accumulator, lane by lane; after four groups, and at the end,
 //!   the accumulator is widened, added to sums in f64 and cleared. The lanes of the sums are then added by halves:
 //!   16, 8, 4, 2, 1.
@@ -73,19 +74,32 @@ impl<R: Real> Sum<R> {
 fn sum_runs<R: Real>(runs: Runs, term: impl Fn(usize) -> Pair<R>) -> (f64, f64) {
     let lanes = lanes::<R>();
     let mut sums = vec![Sum::<R>::default(); lanes];
-    let mut groups = 0;
-    for run in 0..runs.count {
-        for group in (0..runs.len).step_by(4 * lanes) {
-            for (lane, sum) in sums.iter_mut().enumerate() {
-                sum.add(tree([0, 1, 2, 3].map(|v| {
-                    let i = group + v * lanes + lane;
-                    if i < runs.len { term(runs.start + run * runs.stride + i) } else { Pair::default() }
-                })));
-            }
-            groups += 1;
-            if groups % 4 == 0 {
-                sums.iter_mut().for_each(Sum::widen);
-            }
+    // Where the four vectors of each group begin, and where the run of each ends.
+    let along = |run: usize| {
+        let (start, end) = (runs.start + run * runs.stride, runs.start + run * runs.stride + runs.len);
+        (start..end).step_by(4 * lanes).map(move |at| [0, 1, 2, 3].map(|v| (at + v * lanes, end)))
+    };
+    let across = |band: usize| {
+        (0..runs.len).step_by(lanes).map(move |at| {
+            [0, 1, 2, 3].map(|run| match band + run {
+                run if run < runs.count => {
+                    (runs.start + run * runs.stride + at, runs.start + run * runs.stride + runs.len)
+                }
+                _ => (0, 0),
+            })
+        })
+    };
+    let all: Vec<[(usize, usize); 4]> = if runs.count >= 4 {
+        (0..runs.count).step_by(4).flat_map(across).collect()
+    } else {
+        (0..runs.count).flat_map(along).collect()
+    };
+    for (groups, group) in all.into_iter().enumerate() {
+        for (lane, sum) in sums.iter_mut().enumerate() {
+            sum.add(tree(group.map(|(at, end)| if at + lane < end { term(at + lane) } else { Pair::default() })));
+        }
+        if groups % 4 == 3 {
+            sums.iter_mut().for_each(Sum::widen);
         }
     }
     sums.iter_mut().for_each(Sum::widen);

@@ -219,6 +219,30 @@ where
     }
 }
 
+/// Tensors that are read and written at the same time, in several batches of channels.
+fn batches<E: Bits>()
+where
+    E::Param: Bits,
+{
+    for (threads, shape) in
+        [(1, Shape::nchw(4, 22, 96, 96)), (2, Shape::nchw(35, 70, 17, 9)), (1, Shape::ncl(1, 70, 9001))]
+    {
+        for stores in [Stores::Cached, Stores::Streaming] {
+            let shape = shape.clone().unwrap();
+            check::<E>(&Case {
+                shape,
+                data: Data::Normal,
+                seed: 7,
+                offset: 3,
+                threads,
+                gamma: true,
+                beta: true,
+                stores,
+            });
+        }
+    }
+}
+
 macro_rules! suite {
     ($($name:ident: $t:ty),*) => {$(
         mod $name {
@@ -227,6 +251,11 @@ macro_rules! suite {
             #[test]
             fn corner_cases() {
                 corners::<$t>();
+            }
+
+            #[test]
+            fn batches_of_channels() {
+                batches::<$t>();
             }
 
             proptest! {

@@ -10,9 +10,9 @@
 use core::marker::PhantomData;
 
 use super::map::Map;
-use super::sums::{self, Columns, RowBlock, Terms};
+use super::sums::{self, Columns, RowBlock, RunSums, Terms};
 use crate::element::{Element, Real};
-use crate::grid::Runs;
+use crate::grid::{Band, Runs};
 use crate::moments::GradientSums;
 use crate::simd::{Compute, Isa, Vector};
 
@@ -44,6 +44,12 @@ impl<I: Isa, E: Element> Terms<I, 2> for Weighted<E> {
         };
         (dy, dy.mul(x.sub(*hi).mul(*inv_std)))
     }
+
+    #[inline(always)]
+    fn prefetch(&self, isa: I, at: usize) {
+        isa.prefetch(self.x.wrapping_add(at).cast());
+        isa.prefetch(self.dy.wrapping_add(at).cast());
+    }
 }
 
 #[inline(always)]
@@ -51,26 +57,39 @@ fn is_sound([a, b]: [f64; 2]) -> bool {
     a.is_finite() && b.is_finite()
 }
 
-/// `[sum(dy), sum(dy * (x - hi) * inv_std)]` of one block of a channel.
+/// The sums of one block of a channel, as far as it was seen; the parameters are `[hi, inv_std]`.
+pub(crate) type Block<I, E> = RunSums<I, Compute<I, E>, 2>;
+
+/// Adds a band, see [`RunSums::add`].
+///
+/// # Safety
+/// The band lies inside the tensors at `x` and `dy`.
+#[inline(always)]
+pub(crate) unsafe fn add<I: Isa, E: Element>(
+    isa: I,
+    x: *const E,
+    dy: *const E,
+    block: &mut Block<I, E>,
+    band: Band,
+    ahead: usize,
+) {
+    // SAFETY: the caller's promise.
+    unsafe { block.add(isa, &Weighted { x, dy }, band, ahead) }
+}
+
+/// `[sum(dy), sum(dy * (x - hi) * inv_std)]` of a block whose runs were all added.
 ///
 /// # Safety
 /// The runs lie inside the tensors at `x` and `dy`.
 #[inline(always)]
-pub(crate) unsafe fn of_runs<I: Isa, E: Element>(
-    isa: I,
-    x: *const E,
-    dy: *const E,
-    [hi, inv_std]: [E::Param; 2],
-    runs: Runs,
-) -> [f64; 2] {
-    // SAFETY: the caller's promise.
-    let (a, b) = unsafe { sums::over_runs(isa, &Weighted { x, dy }, [hi, inv_std], runs) };
+pub(crate) unsafe fn end<I: Isa, E: Element>(x: *const E, dy: *const E, block: &Block<I, E>, runs: Runs) -> [f64; 2] {
+    let (a, b) = block.total();
     if is_sound([a, b]) {
         return [a, b];
     }
-    let elements = (0..runs.size()).map(|i| runs.start + i / runs.len * runs.stride + i % runs.len);
+    let elements = runs.starts().flat_map(|start| start..start + runs.len);
     // SAFETY: the elements are those of the runs.
-    unsafe { in_f64(x, dy, [hi, inv_std], elements) }
+    unsafe { in_f64(x, dy, block.params, elements) }
 }
 
 /// The sums over `elements`, one after the other in f64, for what f32 does not hold.

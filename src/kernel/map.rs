@@ -3,8 +3,9 @@
 //! The values do not depend on where a vector begins, so vectors in the middle begin where stores are aligned, and
 //! the first and the last one overlap them.
 
+use core::ops::Range;
+
 use crate::element::Element;
-use crate::grid::Runs;
 use crate::simd::{Compute, Isa, MAX_LANES, Storage as _, Vector};
 
 /// A value per element, made of `K` parameters of the channel.
@@ -61,18 +62,6 @@ trait Parameters<I: Isa, E: Element, const K: usize> {
     fn next(&mut self, isa: I) -> [Compute<I, E>; K];
 }
 
-/// The same for all elements.
-struct Same<V, const K: usize>([V; K]);
-
-impl<I: Isa, E: Element, const K: usize> Parameters<I, E, K> for Same<Compute<I, E>, K> {
-    #[inline(always)]
-    fn seek(&mut self, _: usize) {}
-    #[inline(always)]
-    fn next(&mut self, _: I) -> [Compute<I, E>; K] {
-        self.0
-    }
-}
-
 /// The parameters of the columns of rows: parameter `k` of column `c` is at `k * padded + lead + c` of `params`. The
 /// columns repeat with `period`, at least a vector, and the first ones stand once more after the last, so that a vector
 /// may begin anywhere.
@@ -106,7 +95,233 @@ impl<I: Isa, E: Element, const K: usize> Parameters<I, E, K> for Periodic<'_, E:
     }
 }
 
-/// Writes the elements `start..start + len`, and prefetches those `ahead` of them, none for 0. Stores are aligned but
+/// Writes the elements of consecutive planes, one channel after another, a part at a time. Stores are whole vectors,
+/// aligned, but for the first and the last.
+pub(crate) struct Planes<'a, I: Isa, M: Map<I, K>, const K: usize> {
+    isa: I,
+    map: &'a M,
+    /// Of each channel; after the last one comes the first again.
+    params: &'a [[<M::Element as Element>::Param; K]],
+    plane: usize,
+    target: Target<M::Element>,
+    /// The next element to be written, its channel, and the end of its plane.
+    at: usize,
+    channel: usize,
+    plane_end: usize,
+    end: usize,
+    /// How far from what is written elements are prefetched to be read, and to be written; 0 for none.
+    ahead: usize,
+    to_ahead: usize,
+}
+
+impl<'a, I: Isa, M: Map<I, K>, const K: usize> Planes<'a, I, M, K> {
+    const LANES: usize = <Compute<I, M::Element> as Vector<I>>::LANES;
+
+    /// The elements of `range`, the first in the plane that ends at `plane_end`, of the first channel of `params`.
+    ///
+    /// # Safety
+    /// The range lies inside the tensors that `map` was made for and the one of `target`, and nothing else accesses those
+    /// elements of it until all are written.
+    #[inline(always)]
+    pub(crate) unsafe fn new(
+        isa: I,
+        map: &'a M,
+        params: &'a [[<M::Element as Element>::Param; K]],
+        plane: usize,
+        (range, channel, plane_end): (Range<usize>, usize, usize),
+        target: Target<M::Element>,
+    ) -> Self {
+        let Range { start: at, end } = range;
+        let mut planes = Self { isa, map, params, plane, target, at, channel, plane_end, end, ahead: 0, to_ahead: 0 };
+        let head = target.unaligned(at, Self::LANES).unwrap_or(0).min(end - at);
+        if head > 0 {
+            // SAFETY: the elements lie inside the range.
+            unsafe { planes.some::<false, false>(head) };
+        }
+        planes
+    }
+
+    #[inline(always)]
+    fn params(&self, channel: usize) -> [Compute<I, M::Element>; K] {
+        let mut vectors = [Compute::<I, M::Element>::splat(self.isa, Default::default()); K];
+        for (vector, &param) in vectors.iter_mut().zip(&self.params[channel]) {
+            *vector = Compute::<I, M::Element>::splat(self.isa, param);
+        }
+        vectors
+    }
+
+    /// Writes the vectors that end up to `to`, and at the end of the range what is left.
+    #[inline(always)]
+    pub(crate) fn write_to(&mut self, to: usize) {
+        if self.target.streaming { self.write::<true>(to) } else { self.write::<false>(to) }
+    }
+
+    #[inline(always)]
+    fn write<const STREAM: bool>(&mut self, to: usize) {
+        let to = to.min(self.end);
+        // SAFETY: the elements lie inside the range, whose end `to` does not pass; see `new`.
+        unsafe {
+            while self.at + Self::LANES <= to {
+                if self.at + Self::LANES <= self.plane_end {
+                    self.within_plane::<STREAM>(to.min(self.plane_end));
+                } else {
+                    self.some::<true, STREAM>(Self::LANES);
+                }
+            }
+            if to == self.end && self.at < to {
+                self.some::<false, STREAM>(to - self.at);
+            }
+        }
+    }
+
+    /// Whole vectors of one plane.
+    #[inline(always)]
+    unsafe fn within_plane<const STREAM: bool>(&mut self, to: usize) {
+        let params = self.params(self.channel);
+        let mut at = self.at;
+        while at + Self::LANES <= to {
+            if self.ahead != 0 {
+                self.map.prefetch(self.isa, at.wrapping_add(self.ahead));
+            }
+            if self.to_ahead != 0 {
+                self.isa.prefetch_write(self.target.to.wrapping_add(at + self.to_ahead).cast());
+            }
+            // SAFETY: the caller's promise.
+            unsafe {
+                let value = self.map.at::<true>(self.isa, &params, at, Self::LANES);
+                self.store::<STREAM>(value, at);
+            }
+            at += Self::LANES;
+        }
+        self.at = at;
+        self.pass_planes();
+    }
+
+    /// The next `n` elements, a whole vector if `FULL`, in any number of planes.
+    #[inline(always)]
+    unsafe fn some<const FULL: bool, const STREAM: bool>(&mut self, n: usize) {
+        let at = self.at;
+        // SAFETY: the caller's promise, for all.
+        let mut value = unsafe { self.map.at::<FULL>(self.isa, &self.params(self.channel), at, n) };
+        self.at += n;
+        while self.plane_end < self.at {
+            let done = self.plane_end - at;
+            self.plane_end += self.plane;
+            self.channel = self.next_channel();
+            // SAFETY: as above.
+            let next = unsafe { self.map.at::<FULL>(self.isa, &self.params(self.channel), at, n) };
+            value = value.first(done, next);
+        }
+        // SAFETY: as above.
+        unsafe {
+            if FULL {
+                self.store::<STREAM>(value, at);
+            } else {
+                M::Element::store_first(self.isa, value, self.target.to.add(at), n);
+            }
+        }
+        self.pass_planes();
+    }
+
+    #[inline(always)]
+    unsafe fn store<const STREAM: bool>(&self, value: Compute<I, M::Element>, at: usize) {
+        // SAFETY: the caller's promise; where stores are streamed the vector is aligned, see `new`.
+        unsafe {
+            let to = self.target.to.add(at);
+            if STREAM { M::Element::stream(self.isa, value, to) } else { M::Element::store(self.isa, value, to) }
+        }
+    }
+
+    #[inline(always)]
+    fn next_channel(&self) -> usize {
+        if self.channel + 1 == self.params.len() { 0 } else { self.channel + 1 }
+    }
+
+    /// Goes on to the next plane at the end of one.
+    #[inline(always)]
+    fn pass_planes(&mut self) {
+        if self.at == self.plane_end {
+            self.plane_end += self.plane;
+            self.channel = self.next_channel();
+        }
+    }
+}
+
+/// Writes the planes of neighbouring channels, image after image, in step with what else the caller does.
+pub(crate) struct Images<'a, I: Isa, M: Map<I, K>, const K: usize> {
+    planes: Planes<'a, I, M, K>,
+    /// Elements from one image to the next, and of each.
+    pitch: usize,
+    len: usize,
+    /// Images after this one.
+    left: usize,
+    /// Elements that may be written.
+    budget: usize,
+    /// Images that follow for as long as elements are prefetched, and how far away those are.
+    ahead: (usize, usize),
+}
+
+impl<'a, I: Isa, M: Map<I, K>, const K: usize> Images<'a, I, M, K> {
+    /// `params` has an entry for each channel, whose planes in the first image begin at `start`. While at least `ahead.0`
+    /// images follow, the elements `ahead.1` further on are prefetched.
+    ///
+    /// # Safety
+    /// As [`Planes::new`], for those of all `images`.
+    #[inline(always)]
+    pub(crate) unsafe fn new(
+        isa: I,
+        map: &'a M,
+        params: &'a [[<M::Element as Element>::Param; K]],
+        (start, plane, pitch, images): (usize, usize, usize, usize),
+        target: Target<M::Element>,
+        ahead: (usize, usize),
+    ) -> Self {
+        let len = params.len() * plane;
+        // SAFETY: the caller's promise; the range is empty, and the first image is gone to by `write`.
+        let planes = unsafe { Planes::new(isa, map, params, plane, (start..start, 0, start), target) };
+        let mut images = Self { planes, pitch, len, left: images, budget: 0, ahead };
+        if len > 0 {
+            images.next_image(start);
+        } else {
+            images.left = 0;
+        }
+        images
+    }
+
+    #[inline(always)]
+    fn next_image(&mut self, start: usize) {
+        self.left -= 1;
+        let Planes { isa, map, params, plane, target, .. } = self.planes;
+        let places = (start..start + self.len, 0, start + plane);
+        // SAFETY: the promise of `new`.
+        self.planes = unsafe { Planes::new(isa, map, params, plane, places, target) };
+        self.planes.ahead = if self.left >= self.ahead.0 { self.ahead.1 } else { 0 };
+        self.planes.to_ahead = if target.streaming || self.left == 0 { 0 } else { self.pitch };
+    }
+
+    /// Writes about `n` elements more.
+    #[inline(always)]
+    pub(crate) fn write(&mut self, n: usize) {
+        self.budget += n;
+        loop {
+            let from = self.planes.at;
+            self.planes.write_to((from + self.budget).min(self.planes.end));
+            self.budget -= self.planes.at - from;
+            if self.planes.at < self.planes.end || self.left == 0 {
+                return;
+            }
+            self.next_image(self.planes.end - self.len + self.pitch);
+        }
+    }
+
+    /// Writes what is left.
+    #[inline(always)]
+    pub(crate) fn finish(mut self) {
+        self.write((self.left + 1) * self.len);
+    }
+}
+
+/// Writes the elements `start..start + len`, and prefetches those `ahead`. Stores are aligned but
 /// for the first and the last vector.
 #[inline(always)]
 unsafe fn span<I: Isa, M: Map<I, K>, P: Parameters<I, M::Element, K>, const K: usize, const STREAM: bool>(
@@ -158,41 +373,6 @@ unsafe fn span<I: Isa, M: Map<I, K>, P: Parameters<I, M::Element, K>, const K: u
                 M::Element::store_first(isa, value, to.add(i), len - i);
             } else {
                 M::Element::store(isa, last, to.add(len - lanes));
-            }
-        }
-    }
-}
-
-/// Writes the elements of all runs for neighbouring channels, in the order of memory: `runs` are those of the first, those
-/// of the next begin `pitch` elements later, and so on; `params` has an entry for each. The elements `ahead` of them are
-/// prefetched, none for 0.
-///
-/// # Safety
-/// The runs lie inside the tensors that `map` was made for and the one of `target`, and nothing else accesses those
-/// elements of it meanwhile.
-#[inline(always)]
-pub(crate) unsafe fn over_runs<I: Isa, M: Map<I, K>, const K: usize>(
-    isa: I,
-    map: &M,
-    params: &[[<M::Element as Element>::Param; K]],
-    (runs, pitch): (Runs, usize),
-    target: Target<M::Element>,
-    ahead: usize,
-) {
-    for run in 0..runs.count {
-        for (c, params) in params.iter().enumerate() {
-            let mut same = Same([Compute::<I, M::Element>::splat(isa, Default::default()); K]);
-            for (vector, &param) in same.0.iter_mut().zip(params) {
-                *vector = Compute::<I, M::Element>::splat(isa, param);
-            }
-            let at = (runs.start + run * runs.stride + c * pitch, runs.len);
-            // SAFETY: the caller's promise.
-            unsafe {
-                if target.streaming {
-                    span::<I, M, _, K, true>(isa, map, &mut same, at, target, ahead);
-                } else {
-                    span::<I, M, _, K, false>(isa, map, &mut same, at, target, ahead);
-                }
             }
         }
     }

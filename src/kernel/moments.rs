@@ -6,9 +6,9 @@
 
 use core::marker::PhantomData;
 
-use super::sums::{self, Columns, RowBlock, Terms};
+use super::sums::{self, Columns, RowBlock, RunSums, Terms};
 use crate::element::{Element, Real};
-use crate::grid::Runs;
+use crate::grid::{Band, Runs};
 use crate::moments::two_sum;
 use crate::simd::{Compute, Isa, Load, Native, Vector, Widened};
 
@@ -37,6 +37,11 @@ impl<I: Isa, E: Element, L: Load<I, Element = E>> Terms<I, 1> for Deviations<L, 
             unsafe { if FULL { L::load(isa, self.x.add(at)) } else { L::load_first(isa, self.x.add(at), n, *shift) } };
         let d = x.sub(*shift);
         (d, d.mul(d))
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, isa: I, at: usize) {
+        isa.prefetch(self.x.wrapping_add(at).cast());
     }
 }
 
@@ -110,22 +115,51 @@ unsafe fn shift_of_runs<I: Isa, E: Element>(isa: I, x: *const E, runs: Runs) -> 
     if mean.is_finite() { E::Param::from_f64(mean) } else { values[0] }
 }
 
-/// `[mean, residue, m2]` of one block of a channel.
+/// The moments of one block of a channel, as far as it was seen.
+pub(crate) type Block<I, E> = RunSums<I, Compute<I, E>, 1>;
+
+/// Starts a block.
 ///
 /// # Safety
 /// The runs lie inside the tensor at `x` and are not empty.
 #[inline(always)]
-pub(crate) unsafe fn of_runs<I: Isa, E: Element>(isa: I, x: *const E, runs: Runs) -> [f64; 3] {
-    let n = runs.size() as f64;
-    // SAFETY: the places lie inside the runs.
-    let shift = unsafe { shift_of_runs(isa, x, runs) };
-    let terms = Deviations { x, load: PhantomData::<Native<E>> };
+pub(crate) unsafe fn begin<I: Isa, E: Element>(isa: I, x: *const E, runs: Runs) -> Block<I, E> {
     // SAFETY: the caller's promise.
-    let (s, q) = unsafe { sums::over_runs(isa, &terms, [shift], runs) };
-    let shifted = Shifted { shift: shift.to_f64(), n, s, q };
+    RunSums::new(isa, [unsafe { shift_of_runs(isa, x, runs) }])
+}
+
+/// Adds a band, see [`RunSums::add`].
+///
+/// # Safety
+/// The band lies inside the tensor at `x`.
+#[inline(always)]
+pub(crate) unsafe fn add<I: Isa, E: Element>(isa: I, x: *const E, block: &mut Block<I, E>, band: Band, ahead: usize) {
+    // SAFETY: the caller's promise.
+    unsafe { block.add(isa, &Deviations { x, load: PhantomData::<Native<E>> }, band, ahead) }
+}
+
+/// `[mean, residue, m2]` of a block whose runs were all added.
+///
+/// # Safety
+/// The runs lie inside the tensor at `x` and are not empty.
+#[inline(always)]
+pub(crate) unsafe fn end<I: Isa, E: Element>(isa: I, x: *const E, block: &Block<I, E>, runs: Runs) -> [f64; 3] {
+    let (s, q) = block.total();
+    let shifted = Shifted { shift: block.params[0].to_f64(), n: runs.size() as f64, s, q };
     if shifted.is_sound::<E::Param>() {
         return shifted.finish();
     }
+    // SAFETY: the caller's promise.
+    unsafe { in_f64(isa, x, shifted, runs) }
+}
+
+/// `[mean, residue, m2]` of a block, summed again in f64.
+///
+/// # Safety
+/// The runs lie inside the tensor at `x`.
+#[cold]
+#[inline(never)]
+unsafe fn in_f64<I: Isa, E: Element>(isa: I, x: *const E, shifted: Shifted, runs: Runs) -> [f64; 3] {
     let terms = Deviations { x, load: PhantomData::<Widened<E>> };
     let mut wide = shifted;
     let mut again = Some(shifted.shift);
@@ -134,7 +168,7 @@ pub(crate) unsafe fn of_runs<I: Isa, E: Element>(isa: I, x: *const E, runs: Runs
         let Some(shift) = again else { break };
         // SAFETY: the caller's promise.
         let (s, q) = unsafe { sums::over_runs(isa, &terms, [shift], runs) };
-        wide = Shifted { shift, n, s, q };
+        wide = Shifted { shift, s, q, ..shifted };
         again = wide.better_shift();
     }
     wide.finish()

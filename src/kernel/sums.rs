@@ -4,11 +4,11 @@
 //! accumulator is widened and added to a sum in f64. So a chain of roundings in f32 is at most six additions long,
 //! and a sum of equal values hardly rounds at all. Missing vectors and lanes count as zero.
 
-use crate::grid::Runs;
+use crate::grid::{BAND, Band, Runs};
 use crate::simd::{Isa, Lanes, MAX_LANES, Vector};
 
 /// Vectors that are added as a tree.
-pub(crate) const GROUP: usize = 4;
+pub(crate) const GROUP: usize = BAND;
 /// Groups that are added up before they are widened to f64.
 pub(crate) const GROUPS: usize = 4;
 
@@ -28,6 +28,9 @@ pub(crate) trait Terms<I: Isa, const K: usize> {
         at: usize,
         n: usize,
     ) -> (Self::Vector, Self::Vector);
+
+    /// Asks the caches for the elements around `at`, which may lie anywhere.
+    fn prefetch(&self, isa: I, at: usize);
 }
 
 type Scalar<I, T, const K: usize> = <<T as Terms<I, K>>::Vector as Vector<I>>::Scalar;
@@ -60,6 +63,105 @@ unsafe fn some<I: Isa, T: Terms<I, K>, const K: usize>(
     }
 }
 
+/// The sums of both terms over the runs of a channel, as far as they were seen.
+#[derive(Clone, Copy)]
+pub(crate) struct RunSums<I: Isa, V: Vector<I>, const K: usize> {
+    /// The channel's parameters.
+    pub(crate) params: [V::Scalar; K],
+    narrow: [V; 2],
+    wide: [V::Wide; 2],
+    /// Groups in `narrow`.
+    groups: usize,
+}
+
+impl<I: Isa, V: Vector<I>, const K: usize> RunSums<I, V, K> {
+    #[inline(always)]
+    pub(crate) fn new(isa: I, params: [V::Scalar; K]) -> Self {
+        let zero = V::splat(isa, Default::default());
+        Self { params, narrow: [zero; 2], wide: [V::no_sums(isa); 2], groups: 0 }
+    }
+
+    /// Adds a band. The elements `ahead` of it are prefetched, none for 0.
+    ///
+    /// # Safety
+    /// The band lies inside the tensors that `terms` was made for.
+    #[inline(always)]
+    pub(crate) unsafe fn add<T: Terms<I, K, Vector = V>>(&mut self, isa: I, terms: &T, band: Band, ahead: usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if band.across {
+                self.add_as::<T, true>(isa, terms, band, ahead);
+            } else {
+                self.add_as::<T, false>(isa, terms, band, ahead);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add_as<T: Terms<I, K, Vector = V>, const ACROSS: bool>(
+        &mut self,
+        isa: I,
+        terms: &T,
+        band: Band,
+        ahead: usize,
+    ) {
+        let zero = V::splat(isa, Default::default());
+        let mut params = [zero; K];
+        for (vector, &param) in params.iter_mut().zip(&self.params) {
+            *vector = V::splat(isa, param);
+        }
+        // From one vector of a group to the next, and from one group to the next.
+        let (stride, step) = if ACROSS { (band.stride, V::LANES) } else { (V::LANES, GROUP * V::LANES) };
+        let whole = if ACROSS && band.rows < GROUP { 0 } else { band.len - band.len % step };
+        let [mut a, mut b] = self.narrow;
+        let mut i = 0;
+        while i < band.len {
+            let (mut ga, mut gb) = ([zero; GROUP], [zero; GROUP]);
+            // SAFETY: the elements asked for lie inside the band.
+            unsafe {
+                if i < whole {
+                    for j in 0..GROUP {
+                        let at = band.start + i + j * stride;
+                        if ahead != 0 {
+                            terms.prefetch(isa, at.wrapping_add(ahead));
+                        }
+                        (ga[j], gb[j]) = terms.at::<true>(isa, &params, at, V::LANES);
+                    }
+                } else {
+                    for j in 0..GROUP {
+                        let n = match ACROSS {
+                            true if j < band.rows => band.len - i,
+                            true => 0,
+                            false => band.len.saturating_sub(i + j * V::LANES),
+                        };
+                        let at = band.start + i + j * stride;
+                        if n > 0 && ahead != 0 {
+                            terms.prefetch(isa, at.wrapping_add(ahead));
+                        }
+                        (ga[j], gb[j]) = some(isa, terms, &params, at, n);
+                    }
+                }
+            }
+            a = a.add(tree(ga));
+            b = b.add(tree(gb));
+            self.groups += 1;
+            if self.groups == GROUPS {
+                self.wide = [a.widen_onto(self.wide[0]), b.widen_onto(self.wide[1])];
+                (a, b, self.groups) = (zero, zero, 0);
+            }
+            i += step;
+        }
+        self.narrow = [a, b];
+    }
+
+    /// The sums so far.
+    #[inline(always)]
+    pub(crate) fn total(&self) -> (f64, f64) {
+        let [a, b] = self.narrow;
+        (V::fold(a.widen_onto(self.wide[0])), V::fold(b.widen_onto(self.wide[1])))
+    }
+}
+
 /// The sums of both terms over all runs; `params` are the channel's.
 ///
 /// # Safety
@@ -71,47 +173,12 @@ pub(crate) unsafe fn over_runs<I: Isa, T: Terms<I, K>, const K: usize>(
     params: [Scalar<I, T, K>; K],
     runs: Runs,
 ) -> (f64, f64) {
-    let lanes = T::Vector::LANES;
-    let zero = T::Vector::splat(isa, Default::default());
-    let mut vectors = [zero; K];
-    for k in 0..K {
-        vectors[k] = T::Vector::splat(isa, params[k]);
+    let mut sums = RunSums::new(isa, params);
+    for band in runs.bands() {
+        // SAFETY: the caller's promise.
+        unsafe { sums.add(isa, terms, band, 0) };
     }
-    let params = vectors;
-    let (mut a, mut b) = (zero, zero);
-    let (mut wide_a, mut wide_b) = (T::Vector::no_sums(isa), T::Vector::no_sums(isa));
-    let mut groups = 0;
-    let whole = runs.len - runs.len % (GROUP * lanes);
-    for run in 0..runs.count {
-        let start = runs.start + run * runs.stride;
-        let mut i = 0;
-        while i < runs.len {
-            let (mut ga, mut gb) = ([zero; GROUP], [zero; GROUP]);
-            // SAFETY: the elements asked for lie inside the run.
-            unsafe {
-                if i < whole {
-                    for j in 0..GROUP {
-                        (ga[j], gb[j]) = terms.at::<true>(isa, &params, start + i + j * lanes, lanes);
-                    }
-                } else {
-                    for j in 0..GROUP {
-                        let from = (i + j * lanes).min(runs.len);
-                        (ga[j], gb[j]) = some(isa, terms, &params, start + from, runs.len - from);
-                    }
-                }
-            }
-            a = a.add(tree(ga));
-            b = b.add(tree(gb));
-            groups += 1;
-            if groups == GROUPS {
-                wide_a = a.widen_onto(wide_a);
-                wide_b = b.widen_onto(wide_b);
-                (a, b, groups) = (zero, zero, 0);
-            }
-            i += GROUP * lanes;
-        }
-    }
-    (T::Vector::fold(a.widen_onto(wide_a)), T::Vector::fold(b.widen_onto(wide_b)))
+    sums.total()
 }
 
 /// A block of rows of `channels`: `len` elements from `start`, rows joined to columns that repeat with `period`. Sums

@@ -32,6 +32,8 @@ pub trait Isa: Copy + Send + Sync {
 
     /// Asks the second-level cache for the line at `at`, which may be any address.
     fn prefetch(self, at: *const u8);
+    /// Asks the caches for the line at `at`, which may be any address, to be written.
+    fn prefetch_write(self, at: *const u8);
     /// Makes streamed stores visible to other threads in order.
     fn fence(self);
 
@@ -103,6 +105,8 @@ pub trait Vector<I: Isa>: Copy {
     /// # Safety
     /// `n` values can be written to `to`; nothing beyond them is touched.
     unsafe fn store_first(self, to: *mut Self::Scalar, n: usize);
+    /// The first `n < LANES` lanes of this, the others of `rest`.
+    fn first(self, n: usize, rest: Self) -> Self;
     /// Lane-wise sum.
     fn add(self, other: Self) -> Self;
     /// Lane-wise difference.

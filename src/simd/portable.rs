@@ -23,6 +23,10 @@ impl Isa for Portable {
         let _ = at;
     }
     #[inline(always)]
+    fn prefetch_write(self, at: *const u8) {
+        self.prefetch(at);
+    }
+    #[inline(always)]
     fn fence(self) {}
 
     #[cfg(feature = "half")]
@@ -103,6 +107,12 @@ macro_rules! wide_vector {
             unsafe fn store_first(self, to: *mut $scalar, n: usize) {
                 // SAFETY: n < LANES values can be written, as the caller promises.
                 unsafe { core::ptr::copy_nonoverlapping(self.to_array().as_ptr(), to, n) }
+            }
+            #[inline(always)]
+            fn first(self, n: usize, rest: Self) -> Self {
+                let mut lanes = rest.to_array();
+                lanes[..n].copy_from_slice(&self.to_array()[..n]);
+                Self::new(lanes)
             }
             #[inline(always)]
             fn add(self, other: Self) -> Self {

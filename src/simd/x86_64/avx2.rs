@@ -34,6 +34,11 @@ impl Isa for Avx2 {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
     #[inline(always)]
+    fn prefetch_write(self, at: *const u8) {
+        // SAFETY: a hint; no address is wrong.
+        unsafe { _mm_prefetch::<_MM_HINT_ET0>(at.cast()) }
+    }
+    #[inline(always)]
     fn fence(self) {
         // SAFETY: SSE is part of every x86-64.
         unsafe { _mm_sfence() }
@@ -173,6 +178,13 @@ impl Vector<Avx2> for F32 {
         }
     }
     #[inline(always)]
+    fn first(self, n: usize, rest: Self) -> Self {
+        let masks = first_f32(Avx2(()), n);
+        // SAFETY: `self` proves AVX2.
+        let blend = |i: usize| unsafe { _mm256_blendv_ps(rest.0[i], self.0[i], _mm256_castsi256_ps(masks[i])) };
+        Self([blend(0), blend(1)])
+    }
+    #[inline(always)]
     fn add(self, o: Self) -> Self {
         // SAFETY: `self` proves AVX2.
         unsafe { Self([_mm256_add_ps(self.0[0], o.0[0]), _mm256_add_ps(self.0[1], o.0[1])]) }
@@ -267,6 +279,13 @@ impl Vector<Avx2> for F64 {
             _mm256_maskstore_pd(to, a, self.0[0]);
             _mm256_maskstore_pd(to.wrapping_add(4), b, self.0[1]);
         }
+    }
+    #[inline(always)]
+    fn first(self, n: usize, rest: Self) -> Self {
+        let masks = first_f64(Avx2(()), n);
+        // SAFETY: `self` proves AVX2.
+        let blend = |i: usize| unsafe { _mm256_blendv_pd(rest.0[i], self.0[i], _mm256_castsi256_pd(masks[i])) };
+        Self([blend(0), blend(1)])
     }
     #[inline(always)]
     fn add(self, o: Self) -> Self {

@@ -40,6 +40,11 @@ impl Isa for Avx512 {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
     #[inline(always)]
+    fn prefetch_write(self, at: *const u8) {
+        // SAFETY: a hint; no address is wrong.
+        unsafe { _mm_prefetch::<_MM_HINT_ET0>(at.cast()) }
+    }
+    #[inline(always)]
     fn fence(self) {
         // SAFETY: SSE is part of every x86-64.
         unsafe { _mm_sfence() }
@@ -127,6 +132,11 @@ impl Vector<Avx512> for F32 {
         unsafe { _mm512_mask_storeu_ps(to, (1 << n) - 1, self.0) }
     }
     #[inline(always)]
+    fn first(self, n: usize, rest: Self) -> Self {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { Self(_mm512_mask_mov_ps(rest.0, (1 << n) - 1, self.0)) }
+    }
+    #[inline(always)]
     fn add(self, o: Self) -> Self {
         // SAFETY: `self` proves AVX-512.
         unsafe { Self(_mm512_add_ps(self.0, o.0)) }
@@ -208,6 +218,11 @@ impl Vector<Avx512> for F64 {
         // SAFETY: `self` proves AVX-512; masked lanes are not touched, the others can be written, as the caller
         // promises.
         unsafe { _mm512_mask_storeu_pd(to, (1 << n) - 1, self.0) }
+    }
+    #[inline(always)]
+    fn first(self, n: usize, rest: Self) -> Self {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { Self(_mm512_mask_mov_pd(rest.0, (1 << n) - 1, self.0)) }
     }
     #[inline(always)]
     fn add(self, o: Self) -> Self {
