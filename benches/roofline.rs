@@ -9,6 +9,8 @@ use std::time::Instant;
 
 use batchnorm::{Affine, BatchNorm, Element, Gradients, Layout, Population, Real, Shape};
 use clap::Parser;
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
 use serde::Serialize;
 use stream::Store;
 
@@ -180,10 +182,11 @@ fn run<E: Element>(
     lines: &mut Vec<Line>,
 ) -> Result<(), Box<dyn std::error::Error>> {
     let shape = row.shape();
-    // Golden-ratio steps: spread evenly, no two alike, no period that a channel could fall in step with.
-    let value = |i: usize| E::from_param(E::Param::from_f64((i as f64 * 0.618_033_988_75).fract() * 2.0 - 1.0));
-    let x: Vec<E> = (0..shape.len()).map(value).collect();
-    let dy: Vec<E> = (0..shape.len()).rev().map(value).collect();
+    let mut rng = SmallRng::seed_from_u64(1);
+    let mut random = || -> Vec<E> {
+        (0..shape.len()).map(|_| E::from_param(E::Param::from_f64(rng.random_range(-1.0..1.0)))).collect()
+    };
+    let (x, dy) = (random(), random());
     let mut out = x.clone();
     let ones = vec![E::Param::from_f64(1.5); shape.channels()];
     let zeros = vec![E::Param::from_f64(0.5); shape.channels()];

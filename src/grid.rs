@@ -14,9 +14,9 @@ const PLANAR_BLOCK: usize = 8192;
 /// Runs that are summed together.
 pub(crate) const BAND: usize = 4;
 /// Elements of one block of rows, before the limits on its rows.
-const ROWS_BLOCK: usize = 65536;
+const ROWS_BLOCK: usize = 262144;
 /// The fewest rows worth one merge per channel, and the most.
-const ROWS_PER_BLOCK: (usize, usize) = (128, 4096);
+const ROWS_PER_BLOCK: (usize, usize) = (512, 4096);
 /// Rows at most this long are joined until their length is a multiple of a vector.
 const JOIN_BELOW: usize = 128;
 /// The number of tiles of columns is chosen freely: columns do not share sums.

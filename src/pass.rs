@@ -14,7 +14,7 @@ use crate::simd::{Dispatched, Isa, Kernel, MAX_LANES, dispatch};
 
 /// Parameters of the terms that a reduction of rows may have.
 const TERM_PARAMS: usize = 2;
-/// Elements of the rows that are mapped at a stretch.
+/// Elements that are mapped at a stretch, but no fewer than a few rows.
 const MAP_STRETCH: usize = 16384;
 /// The most channels of a batch.
 pub(crate) const BATCH: usize = 64;
@@ -22,6 +22,8 @@ pub(crate) const BATCH: usize = 64;
 const TURN: usize = 1024;
 /// Bytes of one image of a batch above which the next image is not prefetched: it would leave the cache again.
 const AHEAD: usize = 128 * 1024;
+/// Bytes of a row from which on rows are prefetched.
+const AHEAD_ROW: usize = 512;
 /// The shortest plane, and the shortest run of the planes of a batch, that a pass goes over once; in bytes.
 const FUSED_PLANE: usize = 512;
 const FUSED_RUN: usize = 4096;
@@ -299,12 +301,10 @@ impl Context {
         order: Order,
     ) {
         let len = planar.planes * planar.channels * planar.plane;
-        // Where one stretch ends and the next begins, stores are aligned.
-        let lead = application.target().lead();
-        let cut = |i: usize| if i == 0 { 0 } else { (i * MAP_STRETCH + MAX_LANES - lead).min(len) };
-        for_each_piece(self.workers, len.div_ceil(MAP_STRETCH), |_, stretches| {
-            for i in order.over(stretches) {
-                let elements = cut(i)..if (i + 1) * MAP_STRETCH >= len { len } else { cut(i + 1) };
+        let stretches = Stretches::new(len, MAP_STRETCH, application);
+        for_each_piece(self.workers, stretches.count(), |_, piece| {
+            for i in order.over(piece) {
+                let elements = stretches.get(i);
                 dispatch(self.tier, PlanarMap::<E, A, K> { planar, elements, application, coefficients });
             }
         });
@@ -346,14 +346,35 @@ impl Context {
         coefficients: &[E::Param],
         order: Order,
     ) {
-        // Joined rows, so that each stretch begins with the first column.
-        let stretch = (MAP_STRETCH / rows.period()).max(1) * rows.joined();
-        for_each_piece(self.workers, rows.rows.div_ceil(stretch), |_, stretches| {
-            for i in order.over(stretches) {
-                let part = i * stretch..((i + 1) * stretch).min(rows.rows);
-                dispatch(self.tier, RowsMap::<E, A, K> { rows, part, application, coefficients });
+        let stretches = Stretches::new(rows.rows * rows.channels, MAP_STRETCH.max(8 * rows.period()), application);
+        for_each_piece(self.workers, stretches.count(), |_, piece| {
+            for i in order.over(piece) {
+                let elements = stretches.get(i);
+                dispatch(self.tier, RowsMap::<E, A, K> { rows, elements, application, coefficients });
             }
         });
+    }
+}
+
+/// A tensor cut into stretches, between which stores are aligned.
+struct Stretches {
+    len: usize,
+    each: usize,
+    head: usize,
+}
+
+impl Stretches {
+    fn new<E: Element, A: Application<E, K>, const K: usize>(len: usize, each: usize, application: &A) -> Self {
+        Self { len, each, head: (MAX_LANES - application.target().lead()) % MAX_LANES }
+    }
+
+    fn count(&self) -> usize {
+        self.len.saturating_sub(self.head).div_ceil(self.each).max(self.len.min(1))
+    }
+
+    fn get(&self, i: usize) -> Range<usize> {
+        let cut = |i: usize| (self.head + i * self.each).min(self.len);
+        (if i == 0 { 0 } else { cut(i) })..cut(i + 1)
     }
 }
 
@@ -664,6 +685,7 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Kernel for RowBlocks<'_, E,
                 len: rows.len() * channels,
                 period: self.rows.period(),
                 columns: (tile.start, tile.end),
+                prefetches: self.rows.period() * size_of::<E>() >= AHEAD_ROW,
             };
             // SAFETY: the block comes from the grid, and no other piece has this tile of it.
             unsafe {
@@ -702,20 +724,17 @@ where
                 unsafe { self.values.slice(at + self.channels.start..at + self.channels.end) }
             })
         };
-        let total = of_block(0);
+        let width = self.channels.len();
+        let mut total = of_block(0).map(|total| &mut total[..width]);
         let mut count = self.rows.block(0).len() as u64;
         for b in 1..self.rows.blocks() {
             let size = self.rows.block(b).len() as u64;
             let weights = MergeWeights::new(count, size);
-            let block = of_block(b);
-            for i in 0..self.channels.len() {
-                let (mut x, mut y) = ([0.0; S], [0.0; S]);
-                for k in 0..S {
-                    (x[k], y[k]) = (total[k][i], block[k][i]);
-                }
-                let merged = R::merge(weights, x, y);
-                for k in 0..S {
-                    total[k][i] = merged[k];
+            let block = of_block(b).map(|block| &block[..width]);
+            for i in 0..width {
+                let merged = R::merge(weights, total.each_ref().map(|total| total[i]), block.map(|block| block[i]));
+                for (total, merged) in total.each_mut().into_iter().zip(merged) {
+                    total[i] = merged;
                 }
             }
             count += size;
@@ -730,10 +749,10 @@ where
     }
 }
 
-/// The second half for a range of rows.
+/// The second half for a range of elements of rows.
 struct RowsMap<'a, E: Element, A, const K: usize> {
     rows: Rows,
-    part: Range<usize>,
+    elements: Range<usize>,
     application: &'a A,
     coefficients: &'a [E::Param],
 }
@@ -745,8 +764,9 @@ impl<E: Element, A: Application<E, K>, const K: usize> Kernel for RowsMap<'_, E,
         let map = self.application.map::<I>();
         let target = self.application.target();
         let (period, padded, lead) = (self.rows.period(), self.rows.padded(), target.lead());
-        let params = Periodic { params: self.coefficients, period, padded, lead, column: 0 };
-        let at = (self.part.start * self.rows.channels, self.part.len() * self.rows.channels);
+        let column = self.elements.start % period;
+        let params = Periodic { params: self.coefficients, period, padded, lead, column };
+        let at = (self.elements.start, self.elements.len());
         // SAFETY: the rows come from the grid, and no other piece has them.
         unsafe { map::over_rows(isa, &map, params, at, target) };
         if target.streaming {

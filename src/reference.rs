@@ -146,11 +146,11 @@ fn deviation<R: Real>(x: R, shift: R) -> Pair<R> {
     (x - shift, (x - shift) * (x - shift))
 }
 
-/// Whether sums of `n` deviations and squares can be trusted: the shift within 1.4 standard deviations of the mean,
+/// Whether sums of `n` deviations and squares can be trusted: the shift within two standard deviations of the mean,
 /// the squares neither overflowed nor so small that bits were lost.
 fn is_sound(n: f64, (s, q): (f64, f64), tiny: f64) -> bool {
     let square = s * (s / n);
-    square <= 2.0 * (q - square) && q >= n * tiny && q < f64::INFINITY
+    square <= 4.0 * (q - square) && q >= n * tiny && q < f64::INFINITY
 }
 
 /// Mean, residue and m2 from sums around a shift; where they are not sound, from `wide` sums in f64, around the same

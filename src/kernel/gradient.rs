@@ -54,7 +54,7 @@ impl<I: Isa, E: Element> Terms<I, 2> for Weighted<E> {
 
 #[inline(always)]
 fn is_sound([a, b]: [f64; 2]) -> bool {
-    a.is_finite() && b.is_finite()
+    a.is_finite() & b.is_finite()
 }
 
 /// The sums of one block of a channel, as far as it was seen; the parameters are `[hi, inv_std]`.
@@ -137,14 +137,21 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element>(
     }
     // SAFETY: the caller's promise.
     unsafe { sums::over_rows(isa, &Weighted { x, dy }, block, columns) };
-    let [a, b] = out;
-    for (c, (a, b)) in (first..last).zip(a.iter_mut().zip(b)) {
-        [*a, *b] = columns.wide.each_ref().map(|wide| wide[c - first]);
-        if !is_sound([*a, *b]) {
-            let elements = (0..block.len / channels).map(|row| block.start + row * channels + c);
-            // SAFETY: the elements are those of the channel in the block.
-            [*a, *b] = unsafe { in_f64(x, dy, params(c), elements) };
-        }
+    let width = last - first;
+    let [a, b] = out.map(|out| &mut out[..width]);
+    let [wide_a, wide_b] = columns.wide.each_ref().map(|wide| &wide[..width]);
+    let mut sound = true;
+    for c in 0..width {
+        (a[c], b[c]) = (wide_a[c], wide_b[c]);
+        sound &= is_sound([a[c], b[c]]);
+    }
+    if sound {
+        return;
+    }
+    for c in (0..width).filter(|&c| !is_sound([wide_a[c], wide_b[c]])) {
+        let elements = (0..block.len / channels).map(|row| block.start + row * channels + first + c);
+        // SAFETY: the elements are those of the channel in the block.
+        [a[c], b[c]] = unsafe { in_f64(x, dy, params(first + c), elements) };
     }
 }
 

@@ -6,7 +6,10 @@
 use core::ops::Range;
 
 use crate::element::Element;
-use crate::simd::{Compute, Isa, MAX_LANES, Storage as _, Vector};
+use crate::simd::{Compute, Isa, Lanes, MAX_LANES, Storage, Vector};
+
+/// Bytes of the parameters of a row that stay in a first-level cache.
+const CROWDED: usize = 24 << 10;
 
 /// A value per element, made of `K` parameters of the channel.
 pub(crate) trait Map<I: Isa, const K: usize> {
@@ -44,6 +47,19 @@ impl<E: Element> Target<E> {
         (lanes - self.unaligned(0, lanes).unwrap_or(0)) % lanes
     }
 
+    /// Stores a vector from element `at` on.
+    ///
+    /// # Safety
+    /// As [`Storage::store`], and as [`Storage::stream`] if `STREAM`.
+    #[inline(always)]
+    unsafe fn store<I: Isa, const STREAM: bool>(&self, isa: I, value: Compute<I, E>, at: usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let to = self.to.add(at);
+            if STREAM { E::stream(isa, value, to) } else { E::store(isa, value, to) }
+        }
+    }
+
     /// How many elements from `at` come before the first one at a multiple of a stored vector of `lanes`; none where no
     /// element is.
     #[inline(always)]
@@ -52,14 +68,6 @@ impl<E: Element> Target<E> {
         let bytes = address.wrapping_neg() % (lanes * size_of::<E>());
         bytes.is_multiple_of(size_of::<E>()).then_some(bytes / size_of::<E>())
     }
-}
-
-/// The parameters of one vector after another.
-trait Parameters<I: Isa, E: Element, const K: usize> {
-    /// Goes to the vector that begins with element `i` of the span.
-    fn seek(&mut self, i: usize);
-    /// The parameters of the vector, which is then passed over.
-    fn next(&mut self, isa: I) -> [Compute<I, E>; K];
 }
 
 /// The parameters of the columns of rows: parameter `k` of column `c` is at `k * padded + lead + c` of `params`. The
@@ -74,24 +82,26 @@ pub(crate) struct Periodic<'a, R> {
     pub(crate) column: usize,
 }
 
-impl<I: Isa, E: Element, const K: usize> Parameters<I, E, K> for Periodic<'_, E::Param> {
+impl<R: Lanes> Periodic<'_, R> {
+    /// The parameters of the vector that begins with the column.
     #[inline(always)]
-    fn seek(&mut self, i: usize) {
-        self.column = i % self.period;
-    }
-    #[inline(always)]
-    fn next(&mut self, isa: I) -> [Compute<I, E>; K] {
+    fn get<I: Isa, const K: usize>(&self, isa: I) -> [R::Vector<I>; K] {
         let at = self.lead + self.column;
-        let mut vectors = [Compute::<I, E>::splat(isa, Default::default()); K];
+        let mut vectors = [R::Vector::<I>::splat(isa, R::default()); K];
         for (k, vector) in vectors.iter_mut().enumerate() {
             // SAFETY: the column lies below the period, and a vector more lies below `padded`, see `over_rows`.
-            *vector = unsafe { Compute::<I, E>::load(isa, self.params.as_ptr().add(k * self.padded + at)) };
+            *vector = unsafe { R::Vector::<I>::load(isa, self.params.as_ptr().add(k * self.padded + at)) };
         }
-        self.column += Compute::<I, E>::LANES;
+        vectors
+    }
+
+    /// Goes on by `n` columns, at most a period.
+    #[inline(always)]
+    fn pass(&mut self, n: usize) {
+        self.column += n;
         if self.column >= self.period {
             self.column -= self.period;
         }
-        vectors
     }
 }
 
@@ -189,7 +199,7 @@ impl<'a, I: Isa, M: Map<I, K>, const K: usize> Planes<'a, I, M, K> {
             // SAFETY: the caller's promise.
             unsafe {
                 let value = self.map.at::<true>(self.isa, &params, at, Self::LANES);
-                self.store::<STREAM>(value, at);
+                self.target.store::<I, STREAM>(self.isa, value, at);
             }
             at += Self::LANES;
         }
@@ -215,21 +225,12 @@ impl<'a, I: Isa, M: Map<I, K>, const K: usize> Planes<'a, I, M, K> {
         // SAFETY: as above.
         unsafe {
             if FULL {
-                self.store::<STREAM>(value, at);
+                self.target.store::<I, STREAM>(self.isa, value, at);
             } else {
                 M::Element::store_first(self.isa, value, self.target.to.add(at), n);
             }
         }
         self.pass_planes();
-    }
-
-    #[inline(always)]
-    unsafe fn store<const STREAM: bool>(&self, value: Compute<I, M::Element>, at: usize) {
-        // SAFETY: the caller's promise; where stores are streamed the vector is aligned, see `new`.
-        unsafe {
-            let to = self.target.to.add(at);
-            if STREAM { M::Element::stream(self.isa, value, to) } else { M::Element::store(self.isa, value, to) }
-        }
     }
 
     #[inline(always)]
@@ -321,72 +322,17 @@ impl<'a, I: Isa, M: Map<I, K>, const K: usize> Images<'a, I, M, K> {
     }
 }
 
-/// Writes the elements `start..start + len`, and prefetches those `ahead`. Stores are aligned but
-/// for the first and the last vector.
-#[inline(always)]
-unsafe fn span<I: Isa, M: Map<I, K>, P: Parameters<I, M::Element, K>, const K: usize, const STREAM: bool>(
-    isa: I,
-    map: &M,
-    params: &mut P,
-    (start, len): (usize, usize),
-    target: Target<M::Element>,
-    ahead: usize,
-) {
-    let lanes = Compute::<I, M::Element>::LANES;
-    // SAFETY: all elements lie inside the span, which is the caller's promise.
-    unsafe {
-        let to = target.to.add(start);
-        params.seek(0);
-        if len < lanes {
-            let value = map.at::<false>(isa, &params.next(isa), start, len);
-            return M::Element::store_first(isa, value, to, len);
-        }
-        // Both are loaded before anything is stored, because in place they overlap what the loop writes.
-        let first = map.at::<true>(isa, &params.next(isa), start, lanes);
-        params.seek(len - lanes);
-        let last = map.at::<true>(isa, &params.next(isa), start + len - lanes, lanes);
-        let aligned = target.unaligned(start, lanes);
-        let head = aligned.unwrap_or(0);
-        let stream = STREAM && aligned.is_some();
-        let mut i = head;
-        params.seek(i);
-        while i + lanes <= len {
-            if ahead > 0 {
-                map.prefetch(isa, start + i + ahead);
-            }
-            let value = map.at::<true>(isa, &params.next(isa), start + i, lanes);
-            if stream {
-                M::Element::stream(isa, value, to.add(i));
-            } else {
-                M::Element::store(isa, value, to.add(i));
-            }
-            i += lanes;
-        }
-        if head > 0 {
-            M::Element::store_first(isa, first, to, head);
-        }
-        if i < len {
-            if stream {
-                // The whole last vector would fetch a streamed line again; nothing here is in place.
-                params.seek(i);
-                let value = map.at::<false>(isa, &params.next(isa), start + i, len - i);
-                M::Element::store_first(isa, value, to.add(i), len - i);
-            } else {
-                M::Element::store(isa, last, to.add(len - lanes));
-            }
-        }
-    }
-}
-
-/// Writes `len` elements from `start`, which begins a row.
+/// Writes `len` elements from `start`, which belongs to the column of `params`. Stores are whole vectors, aligned, but for
+/// the first and the last.
 ///
 /// # Safety
-/// As [`over_runs`], for those elements.
+/// The elements lie inside the tensors that `map` was made for and the one of `target`, and nothing else accesses those of it
+/// meanwhile.
 #[inline(always)]
 pub(crate) unsafe fn over_rows<I: Isa, M: Map<I, K>, const K: usize>(
     isa: I,
     map: &M,
-    mut params: Periodic<'_, <M::Element as Element>::Param>,
+    params: Periodic<'_, <M::Element as Element>::Param>,
     at: (usize, usize),
     target: Target<M::Element>,
 ) {
@@ -395,9 +341,60 @@ pub(crate) unsafe fn over_rows<I: Isa, M: Map<I, K>, const K: usize>(
     // SAFETY: the caller's promise.
     unsafe {
         if target.streaming {
-            span::<I, M, _, K, true>(isa, map, &mut params, at, target, 0);
+            rows::<I, M, K, true>(isa, map, params, at, target);
         } else {
-            span::<I, M, _, K, false>(isa, map, &mut params, at, target, 0);
+            rows::<I, M, K, false>(isa, map, params, at, target);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn rows<I: Isa, M: Map<I, K>, const K: usize, const STREAM: bool>(
+    isa: I,
+    map: &M,
+    mut params: Periodic<'_, <M::Element as Element>::Param>,
+    (start, len): (usize, usize),
+    target: Target<M::Element>,
+) {
+    let lanes = Compute::<I, M::Element>::LANES;
+    let period = params.period;
+    // SAFETY: all elements lie inside the span, which is the caller's promise.
+    unsafe {
+        let to = target.to.add(start);
+        let head = target.unaligned(start, lanes).unwrap_or(0).min(len);
+        if head > 0 {
+            let value = map.at::<false>(isa, &params.get(isa), start, head);
+            M::Element::store_first(isa, value, to, head);
+            params.pass(head);
+        }
+        let mut i = head;
+        // Rows of whole vectors with more parameters than a first-level cache keeps are written strip by strip.
+        let strip = CROWDED / (K * size_of::<<M::Element as Element>::Param>()) / MAX_LANES * MAX_LANES;
+        let rows = (len - i) / period;
+        if period > strip && period.is_multiple_of(lanes) {
+            for from in (0..period).step_by(strip) {
+                let first = params;
+                for row in 0..rows {
+                    params = first;
+                    for c in (from..(from + strip).min(period)).step_by(lanes) {
+                        let at = start + i + row * period + c;
+                        let value = map.at::<true>(isa, &params.get(isa), at, lanes);
+                        target.store::<I, STREAM>(isa, value, at);
+                        params.pass(lanes);
+                    }
+                }
+            }
+            i += rows * period;
+        }
+        while i + lanes <= len {
+            let value = map.at::<true>(isa, &params.get(isa), start + i, lanes);
+            target.store::<I, STREAM>(isa, value, start + i);
+            params.pass(lanes);
+            i += lanes;
+        }
+        if i < len {
+            let value = map.at::<false>(isa, &params.get(isa), start + i, len - i);
+            M::Element::store_first(isa, value, to.add(i), len - i);
         }
     }
 }

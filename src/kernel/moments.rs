@@ -15,6 +15,9 @@ use crate::simd::{Compute, Isa, Load, Native, Vector, Widened};
 /// Places of a block that its shift is made of.
 pub(crate) const SAMPLES: usize = 4;
 
+/// Channels of rows that are summed again together: a line of memory, read for one, has them all.
+const TILE: usize = 16;
+
 /// `x - shift` and its square.
 struct Deviations<L, E> {
     x: *const E,
@@ -55,12 +58,13 @@ struct Shifted {
 }
 
 impl Shifted {
-    /// Whether the shift lies within 1.4 standard deviations of the mean, so that `q - s*s/n` cancels little, and
+    /// Whether the shift lies within two standard deviations of the mean, so that `q - s*s/n` cancels little, and
     /// the squares kept their bits. A NaN or an infinity says no.
     #[inline(always)]
     fn is_sound<R: Real>(&self) -> bool {
         let square = self.s * (self.s / self.n);
-        square <= 2.0 * (self.q - square) && self.q >= self.n * R::TINY_SQUARE && self.q < f64::INFINITY
+        // No branches, so that channels of rows are judged several at a time.
+        (square <= 4.0 * (self.q - square)) & (self.q >= self.n * R::TINY_SQUARE) & (self.q < f64::INFINITY)
     }
 
     /// The mean found, where another pass in f64 around it would do better.
@@ -157,8 +161,7 @@ pub(crate) unsafe fn end<I: Isa, E: Element>(isa: I, x: *const E, block: &Block<
 ///
 /// # Safety
 /// The runs lie inside the tensor at `x`.
-#[cold]
-#[inline(never)]
+#[inline(always)]
 unsafe fn in_f64<I: Isa, E: Element>(isa: I, x: *const E, shifted: Shifted, runs: Runs) -> [f64; 3] {
     let terms = Deviations { x, load: PhantomData::<Widened<E>> };
     let mut wide = shifted;
@@ -172,6 +175,32 @@ unsafe fn in_f64<I: Isa, E: Element>(isa: I, x: *const E, shifted: Shifted, runs
         again = wide.better_shift();
     }
     wide.finish()
+}
+
+/// Shifts for the channels of a block of rows: the mean of four rows spread over it.
+///
+/// # Safety
+/// As [`of_rows`]; `shifts` are as long as the arrays of its columns.
+#[inline(always)]
+unsafe fn shifts_of_rows<I: Isa, E: Element>(isa: I, x: *const E, block: RowBlock, shifts: &mut [E::Param]) {
+    let lanes = Compute::<I, E>::LANES;
+    let rows = block.len / block.channels;
+    let (first, last) = (block.columns.0, block.columns.1.min(block.channels));
+    let zero = Compute::<I, E>::splat(isa, Default::default());
+    let quarter = Compute::<I, E>::splat(isa, E::Param::from_f64(0.25));
+    assert!((last - first).next_multiple_of(lanes) <= shifts.len());
+    for c in (first..last).step_by(lanes) {
+        let mut samples = [zero; SAMPLES];
+        for (i, sample) in samples.iter_mut().enumerate() {
+            // SAFETY: up to a vector of a row of the block.
+            unsafe {
+                let from = x.add(block.start + i * rows / SAMPLES * block.channels + c);
+                *sample = if c + lanes <= last { E::load(isa, from) } else { E::load_first(isa, from, last - c, zero) };
+            }
+        }
+        // SAFETY: inside the array, by the assertion.
+        unsafe { sums::tree(samples).mul(quarter).store(shifts.as_mut_ptr().add(c - first)) };
+    }
 }
 
 /// `[mean, residue, m2]` of each channel of a block of rows, for the channels of `block.columns`; value `k` of
@@ -193,9 +222,13 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element>(
     let (first, last) = (block.columns.0, block.columns.1.min(block.channels));
     // SAFETY: row `r` and channel `c` lie inside the block.
     let value = |r: usize, c: usize| unsafe { x.add(block.start + r * channels + c).read().to_param() };
-    for c in first..last {
-        let at = |i: usize| value(i * rows / SAMPLES, c);
-        columns.params[c - first] = mean_of_four([at(0), at(1), at(2), at(3)]);
+    // SAFETY: the caller's promise.
+    unsafe { shifts_of_rows(isa, x, block, columns.params) };
+    let width = last - first;
+    for (c, shift) in columns.params[..width].iter_mut().enumerate() {
+        if !shift.to_f64().is_finite() {
+            *shift = value(0, first + c);
+        }
     }
     for c in channels..block.period {
         columns.params[c] = columns.params[c - channels];
@@ -203,39 +236,51 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element>(
     let terms = Deviations { x, load: PhantomData::<Native<E>> };
     // SAFETY: the caller's promise.
     unsafe { sums::over_rows(isa, &terms, block, columns) };
-    let shifted = |columns: &Columns<'_, E::Param>, c: usize| Shifted {
-        shift: columns.params[c - first].to_f64(),
-        n,
-        s: columns.wide[0][c - first],
-        q: columns.wide[1][c - first],
-    };
-    let [mean, residue, m2] = out;
+    let [mean, residue, m2] = out.map(|out| &mut out[..width]);
+    let (shifts, s, q) = (&columns.params[..width], &columns.wide[0][..width], &columns.wide[1][..width]);
+    let shifted = |c: usize| Shifted { shift: shifts[c].to_f64(), n, s: s[c], q: q[c] };
     let mut sound = true;
-    for c in first..last {
-        let shifted = shifted(columns, c);
+    for c in 0..width {
+        let shifted = shifted(c);
         sound &= shifted.is_sound::<E::Param>();
-        [mean[c - first], residue[c - first], m2[c - first]] = shifted.finish();
+        [mean[c], residue[c], m2[c]] = shifted.finish();
     }
     if sound {
         return;
     }
-    for c in first..last {
-        let shifted = shifted(columns, c);
-        if !shifted.is_sound::<E::Param>() {
-            let mut wide = shifted;
-            let mut again = Some(shifted.shift);
-            for _ in 0..2 {
-                let Some(shift) = again else { break };
-                let (mut s, mut q) = (0.0, 0.0);
-                for r in 0..rows {
-                    let d = value(r, c).to_f64() - shift;
-                    s += d;
-                    q += d * d;
-                }
-                wide = Shifted { shift, n, s, q };
-                again = wide.better_shift();
+    for from in (0..width).step_by(TILE) {
+        let tile = from..(from + TILE).min(width);
+        // The results of the others stay.
+        let mut again: [_; TILE] = core::array::from_fn(|i| {
+            let shifted = (from + i < width).then(|| shifted(from + i))?;
+            (!shifted.is_sound::<E::Param>()).then_some(shifted)
+        });
+        // Once around the same shift, and once more around the mean if that was far off.
+        for _ in 0..2 {
+            if again.iter().all(Option::is_none) {
+                break;
             }
-            [mean[c - first], residue[c - first], m2[c - first]] = wide.finish();
+            let shift = again.map(|shifted| shifted.map_or(0.0, |shifted| shifted.shift));
+            let (mut s, mut q) = ([0.0; TILE], [0.0; TILE]);
+            for r in 0..rows {
+                let mut x = [0.0; TILE];
+                for c in tile.clone() {
+                    x[c - from] = value(r, first + c).to_f64();
+                }
+                for i in 0..TILE {
+                    let d = x[i] - shift[i];
+                    s[i] += d;
+                    q[i] += d * d;
+                }
+            }
+            for c in tile.clone() {
+                let i = c - from;
+                if again[i].is_some() {
+                    let wide = Shifted { shift: shift[i], n, s: s[i], q: q[i] };
+                    [mean[c], residue[c], m2[c]] = wide.finish();
+                    again[i] = wide.better_shift().map(|shift| Shifted { shift, ..wide });
+                }
+            }
         }
     }
 }

@@ -190,6 +190,8 @@ pub(crate) struct RowBlock {
     pub(crate) len: usize,
     pub(crate) period: usize,
     pub(crate) columns: (usize, usize),
+    /// Whether rows are asked for ahead: several are read at a time, which the CPU does not foresee well.
+    pub(crate) prefetches: bool,
 }
 
 /// Memory for the sums of rows: each array has a value per column, up to whole vectors.
@@ -251,7 +253,11 @@ pub(crate) unsafe fn over_rows<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vect
                 let (mut ga, mut gb) = ([zero; GROUP], [zero; GROUP]);
                 if whole && c + lanes <= width {
                     for j in 0..GROUP {
-                        (ga[j], gb[j]) = terms.at::<true>(isa, &params, from + j * block.period + c, lanes);
+                        let at = from + j * block.period + c;
+                        if block.prefetches {
+                            terms.prefetch(isa, at + GROUP * block.period);
+                        }
+                        (ga[j], gb[j]) = terms.at::<true>(isa, &params, at, lanes);
                     }
                 } else {
                     for j in 0..GROUP {
