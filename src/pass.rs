@@ -17,7 +17,7 @@ const TERM_PARAMS: usize = 2;
 /// Elements that are mapped at a stretch, but no fewer than a few rows.
 const MAP_STRETCH: usize = 16384;
 /// The most channels of a batch.
-pub(crate) const BATCH: usize = 64;
+pub(crate) const BATCH: usize = 16;
 /// Elements that are read before as many are written.
 const TURN: usize = 1024;
 /// Bytes of one image of a batch above which the next image is not prefetched: it would leave the cache again.
