@@ -37,6 +37,28 @@ pub trait Isa: Copy + Send + Sync {
     /// Makes streamed stores visible to other threads in order.
     fn fence(self);
 
+    /// Loads the bits of the first `n < 16` of 16 values, zeros for the others.
+    ///
+    /// # Safety
+    /// `n` values can be read from `from`; nothing beyond them is touched.
+    #[cfg(feature = "half")]
+    #[inline(always)]
+    unsafe fn load_bits_first(self, from: *const u16, n: usize) -> [u16; 16] {
+        let mut bits = [0; 16];
+        // SAFETY: n < 16 values are read, as the caller promises, into a longer buffer.
+        unsafe { core::ptr::copy_nonoverlapping(from, bits.as_mut_ptr(), n) };
+        bits
+    }
+    /// Stores the bits of the first `n < 16` of 16 values.
+    ///
+    /// # Safety
+    /// `n` values can be written to `to`; nothing beyond them is touched.
+    #[cfg(feature = "half")]
+    #[inline(always)]
+    unsafe fn store_bits_first(self, bits: &[u16; 16], to: *mut u16, n: usize) {
+        // SAFETY: n < 16 values are written, as the caller promises, from a longer buffer.
+        unsafe { core::ptr::copy_nonoverlapping(bits.as_ptr(), to, n) };
+    }
     /// Loads 16 bf16 values given by their bits.
     ///
     /// # Safety
@@ -222,13 +244,10 @@ macro_rules! half_storage {
             }
             #[inline(always)]
             unsafe fn load_first<I: Isa>(isa: I, from: *const $t, n: usize, fill: I::F32) -> I::F32 {
-                let mut bits = [0u16; MAX_LANES];
-                let mut lanes = [0f32; MAX_LANES];
-                // SAFETY: n < LANES values are read and land in buffers of LANES.
+                // SAFETY: the caller's promise is the callee's; then a buffer of LANES is read.
                 unsafe {
-                    core::ptr::copy_nonoverlapping(from.cast::<u16>(), bits.as_mut_ptr(), n);
-                    isa.$load(bits.as_ptr()).store(lanes.as_mut_ptr());
-                    I::F32::load_first(isa, lanes.as_ptr(), n, fill)
+                    let bits = isa.load_bits_first(from.cast(), n);
+                    isa.$load(bits.as_ptr()).first(n, fill)
                 }
             }
             #[inline(always)]
@@ -248,10 +267,10 @@ macro_rules! half_storage {
             #[inline(always)]
             unsafe fn store_first<I: Isa>(isa: I, value: I::F32, to: *mut $t, n: usize) {
                 let mut bits = [0u16; MAX_LANES];
-                // SAFETY: a whole vector lands in a buffer of LANES, n < LANES of it are written on.
+                // SAFETY: a whole vector lands in a buffer of LANES; the rest is the caller's promise.
                 unsafe {
                     isa.$store(value, bits.as_mut_ptr());
-                    core::ptr::copy_nonoverlapping(bits.as_ptr(), to.cast::<u16>(), n);
+                    isa.store_bits_first(&bits, to.cast(), n);
                 }
             }
         }

@@ -52,6 +52,25 @@ impl Isa for Avx512 {
 
     #[cfg(feature = "half")]
     #[inline(always)]
+    unsafe fn load_bits_first(self, from: *const u16, n: usize) -> [u16; 16] {
+        let mut bits = [0; 16];
+        // SAFETY: `self` proves AVX-512; masked lanes are not touched, the others can be read, as the caller promises.
+        unsafe {
+            let loaded = _mm256_maskz_loadu_epi16((1 << n) - 1, from.cast());
+            _mm256_storeu_si256(bits.as_mut_ptr().cast(), loaded);
+        }
+        bits
+    }
+    #[cfg(feature = "half")]
+    #[inline(always)]
+    unsafe fn store_bits_first(self, bits: &[u16; 16], to: *mut u16, n: usize) {
+        // SAFETY: `self` proves AVX-512; masked lanes are not touched, the others can be written, as the caller
+        // promises.
+        unsafe { _mm256_mask_storeu_epi16(to.cast(), (1 << n) - 1, _mm256_loadu_si256(bits.as_ptr().cast())) }
+    }
+
+    #[cfg(feature = "half")]
+    #[inline(always)]
     unsafe fn load_bf16(self, from: *const u16) -> F32 {
         // SAFETY: `self` proves AVX-512; 16 values can be read, as the caller promises.
         unsafe {
@@ -65,11 +84,18 @@ impl Isa for Avx512 {
         // SAFETY: `self` proves AVX-512; 16 values can be written, as the caller promises.
         unsafe {
             let bits = _mm512_castps_si512(value.0);
-            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-            let even = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+            // Half of the last place kept, less one where that place is even: carries round to nearest even.
+            let even = _mm512_testn_epi32_mask(bits, _mm512_set1_epi32(0x0001_0000));
+            let half = _mm512_add_epi32(bits, _mm512_set1_epi32(0x8000));
+            let nearest = _mm512_mask_sub_epi32(half, even, half, _mm512_set1_epi32(1));
             let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value.0, value.0);
-            let rounded = _mm512_mask_or_epi32(even, is_nan, bits, _mm512_set1_epi32(0x0040_0000));
-            _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded)));
+            let rounded = _mm512_mask_or_epi32(nearest, is_nan, bits, _mm512_set1_epi32(0x0040_0000));
+            // The upper half of each lane, packed: of the indices of 16-bit words, the odd ones.
+            let odd = _mm512_set_epi16(
+                0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3,
+                1,
+            );
+            _mm256_storeu_si256(to.cast(), _mm512_castsi512_si256(_mm512_permutexvar_epi16(odd, rounded)));
         }
     }
     #[cfg(feature = "half")]
