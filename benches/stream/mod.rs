@@ -1,6 +1,37 @@
-//! The yardsticks: loops that do nothing but move memory, on bytes, with the threads of the pool that they run in.
+//! What the benches share: the yardsticks, loops that do nothing but move memory, on bytes, with the threads of the pool
+//! that they run in; and how results are condensed and kept.
 
+use batchnorm::Element;
 use rayon::prelude::*;
+use serde::Serialize;
+
+/// The bytes of a tensor.
+pub fn bytes<E: Element>(of: &[E]) -> &[u8] {
+    // SAFETY: the element types are plain numbers without padding.
+    unsafe { core::slice::from_raw_parts(of.as_ptr().cast(), size_of_val(of)) }
+}
+
+/// The bytes of a tensor, to be written.
+pub fn bytes_mut<E: Element>(of: &mut [E]) -> &mut [u8] {
+    // SAFETY: the element types are plain numbers without padding, and any bits are a value.
+    unsafe { core::slice::from_raw_parts_mut(of.as_mut_ptr().cast(), size_of_val(of)) }
+}
+
+/// The median of some times.
+pub fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
+/// Writes a result into the target directory.
+pub fn save(name: &str, lines: &[impl Serialize]) -> Result<(), Box<dyn std::error::Error>> {
+    let target =
+        std::env::var("CARGO_TARGET_DIR").unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/target").into());
+    let path = std::path::Path::new(&target).join(name);
+    std::fs::write(&path, serde_json::to_string_pretty(lines)?)?;
+    println!("\nwritten to {}", path.display());
+    Ok(())
+}
 
 /// How results go to memory.
 #[derive(Clone, Copy, PartialEq)]

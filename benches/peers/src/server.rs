@@ -31,9 +31,6 @@ impl Server {
         let mut child = Command::new(command[0])
             .args(&command[1..])
             .arg(layout)
-            // glibc's malloc is to keep memory instead of giving it back, so that PyTorch's backward, which cannot be
-            // given its outputs, does not wait for fresh pages in every call.
-            .envs([("MALLOC_MMAP_MAX_", "0"), ("MALLOC_TRIM_THRESHOLD_", "68719476736")])
             // Threads that spin for work are theirs to gain while they are timed, and must not be the next one's to lose:
             // this is a fraction of a millisecond, where the default is several.
             .env("GOMP_SPINCOUNT", "20000")

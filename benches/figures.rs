@@ -1,0 +1,292 @@
+//! Draws what the other benches wrote into the target directory, as SVG: the roofline by shape, the sweep over sizes, and
+//! the peers.
+//!
+//! `cargo bench --bench figures` draws into docs/ what there is of roofline.json, sweep.json and peers.json.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use clap::Parser;
+use plotters::coord::Shift;
+use plotters::coord::ranged1d::{AsRangedCoord, ValueFormatter};
+use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
+use serde::Deserialize;
+
+/// Draws the results of the other benches.
+#[derive(Parser)]
+struct Args {
+    /// Where the pictures go
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/docs"))]
+    out: PathBuf,
+    /// Passed by cargo bench
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+/// From the text of a file of results to a picture.
+type Draw = fn(&str) -> Result<String>;
+type Panel<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+
+const COLORS: [RGBColor; 5] = [
+    RGBColor(0x1f, 0x5f, 0xa8),
+    RGBColor(0xc4, 0x4e, 0x1c),
+    RGBColor(0x3a, 0x8a, 0x4a),
+    RGBColor(0x7a, 0x4a, 0x9a),
+    RGBColor(0x80, 0x80, 0x80),
+];
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    std::fs::create_dir_all(&args.out)?;
+    let target =
+        std::env::var("CARGO_TARGET_DIR").unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/target").into());
+    let draws: [(&str, Draw); 3] = [("roofline", roofline), ("sweep", sweep), ("peers", peers)];
+    for (name, draw) in draws {
+        let from = Path::new(&target).join(name).with_extension("json");
+        if !from.exists() {
+            println!("{name}: not measured, there is no {}", from.display());
+            continue;
+        }
+        let to = args.out.join(name).with_extension("svg");
+        std::fs::write(&to, draw(&std::fs::read_to_string(from)?)?)?;
+        println!("{name}: drawn to {}", to.display());
+    }
+    Ok(())
+}
+
+/// A shape in the files of results.
+#[derive(Deserialize)]
+struct Shape {
+    n: usize,
+    c: usize,
+    spatial: Vec<usize>,
+}
+
+impl Shape {
+    fn name(&self) -> String {
+        [&[self.n, self.c], &self.spatial[..]].concat().iter().map(usize::to_string).collect::<Vec<_>>().join("x")
+    }
+}
+
+#[derive(Deserialize)]
+struct Roofline {
+    pass: String,
+    layout: String,
+    dtype: String,
+    shape: Shape,
+    threads: usize,
+    ratio: f64,
+}
+
+/// A panel for each pass and group of layouts, a row for each shape, a dot for each number of threads.
+fn roofline(json: &str) -> Result<String> {
+    let mut lines: Vec<Roofline> = serde_json::from_str(json)?;
+    lines.retain(|line| line.dtype == "f32");
+    let mut svg = String::new();
+    let root = SVGBackend::with_string(&mut svg, (1500, 900)).into_drawing_area();
+    root.fill(&WHITE)?;
+    for (i, panel) in root.split_evenly((2, 3)).iter().enumerate() {
+        let pass = ["forward", "backward", "inference"][i % 3];
+        let rows_of_channels = i / 3 == 1;
+        let inside =
+            |line: &&Roofline| line.pass == pass && ["NHWC", "NC"].contains(&line.layout.as_str()) == rows_of_channels;
+        let mut dots = Dots::default();
+        for line in lines.iter().filter(inside) {
+            dots.add(format!("{} {}", line.layout, line.shape.name()), &threads(line.threads), line.ratio);
+        }
+        let layouts = if rows_of_channels { "NHWC, NC" } else { "NCHW, NCDHW" };
+        dots.draw(panel, &format!("{pass}, {layouts}"), "time / yardstick, f32")?;
+    }
+    root.present()?;
+    drop(root);
+    Ok(svg)
+}
+
+fn threads(n: usize) -> String {
+    if n == 1 { "1 thread".into() } else { format!("{n} threads") }
+}
+
+/// Values by row and series.
+#[derive(Default)]
+struct Dots {
+    rows: Vec<String>,
+    series: BTreeMap<String, Vec<(usize, f64)>>,
+}
+
+impl Dots {
+    fn add(&mut self, row: String, series: &str, value: f64) {
+        let at = self.rows.iter().position(|r| *r == row).unwrap_or_else(|| {
+            self.rows.push(row);
+            self.rows.len() - 1
+        });
+        self.series.entry(series.into()).or_default().push((at, value));
+    }
+
+    /// Rows from the top, with a line at 1; values on an axis that is logarithmic where they differ much.
+    fn draw(&self, panel: &Panel, title: &str, description: &str) -> Result<()> {
+        let values = || self.series.values().flatten().map(|dot| dot.1);
+        let (low, high) = (values().fold(0.8, f64::min) * 0.95, values().fold(2.0, f64::max) * 1.1);
+        if high / low > 10.0 {
+            self.draw_on(panel, [title, description], low, (low..high).log_scale())
+        } else {
+            self.draw_on(panel, [title, description], 0.0, 0.0..high)
+        }
+    }
+
+    fn draw_on<X>(&self, panel: &Panel, [title, description]: [&str; 2], low: f64, axis: X) -> Result<()>
+    where
+        X: AsRangedCoord<Value = f64>,
+        X::CoordDescType: ValueFormatter<f64>,
+    {
+        let rows = self.rows.len() as f64;
+        let mut chart = ChartBuilder::on(panel)
+            .margin(10)
+            .caption(title, ("sans-serif", 20))
+            .x_label_area_size(40)
+            .y_label_area_size(150)
+            .build_cartesian_2d(axis, -0.5..rows - 0.5)?;
+        chart
+            .configure_mesh()
+            .disable_y_mesh()
+            .disable_y_axis()
+            .x_desc(description)
+            .x_labels(8)
+            .x_label_formatter(&|x| format!("{x:.1}"))
+            .light_line_style(TRANSPARENT)
+            .bold_line_style(BLACK.mix(0.12))
+            .label_style(("sans-serif", 13))
+            .axis_desc_style(("sans-serif", 15))
+            .draw()?;
+        chart.draw_series(LineSeries::new([(1.0, -0.5), (1.0, rows - 0.5)], BLACK.mix(0.6)))?;
+        let text = ("sans-serif", 13).into_text_style(panel).pos(Pos::new(HPos::Right, VPos::Center));
+        for (i, row) in self.rows.iter().enumerate() {
+            let label = EmptyElement::at((low, rows - 1.0 - i as f64)) + Text::new(row.clone(), (-6, 0), text.clone());
+            chart.draw_series([label])?;
+        }
+        for ((name, dots), color) in self.series.iter().zip(COLORS) {
+            let dot = move |at| Circle::new(at, 4, color.filled());
+            chart
+                .draw_series(dots.iter().map(|&(row, value)| dot((value, rows - 1.0 - row as f64))))?
+                .label(name)
+                .legend(move |(x, y)| Circle::new((x + 8, y), 4, color.filled()));
+        }
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::LowerRight)
+            .background_style(WHITE.mix(0.8))
+            .label_font(("sans-serif", 13))
+            .draw()?;
+        Ok(())
+    }
+}
+
+#[derive(Deserialize)]
+struct Sweep {
+    pass: String,
+    layout: String,
+    bytes: usize,
+    threads: usize,
+    ns_per_element: f64,
+}
+
+/// A panel for each number of threads, a line for each pass.
+fn sweep(json: &str) -> Result<String> {
+    let lines: Vec<Sweep> = serde_json::from_str(json)?;
+    let most = lines.iter().map(|line| line.threads).max().unwrap_or(1);
+    let (low, high) = lines
+        .iter()
+        .fold((f64::MAX, 0.0f64), |(low, high), line| (low.min(line.ns_per_element), high.max(line.ns_per_element)));
+    let mut svg = String::new();
+    let root = SVGBackend::with_string(&mut svg, (1300, 900)).into_drawing_area();
+    root.fill(&WHITE)?;
+    for (i, panel) in root.split_evenly((2, 2)).iter().enumerate() {
+        let (n, layout) = ([1, most][i % 2], ["NCHW", "NHWC"][i / 2]);
+        let mut chart = ChartBuilder::on(panel)
+            .margin(14)
+            .caption(format!("{layout}, {}", threads(n)), ("sans-serif", 20))
+            .x_label_area_size(40)
+            .y_label_area_size(60)
+            .build_cartesian_2d((1e3..1.2e9).log_scale(), (low * 0.9..high * 3.0).log_scale())?;
+        chart
+            .configure_mesh()
+            .x_desc("bytes of the tensor, f32")
+            .y_desc("ns per element")
+            .x_label_formatter(&|x| size(*x))
+            .light_line_style(TRANSPARENT)
+            .bold_line_style(BLACK.mix(0.12))
+            .label_style(("sans-serif", 13))
+            .axis_desc_style(("sans-serif", 15))
+            .draw()?;
+        for (pass, color) in ["forward", "backward", "inference", "copy", "stream"].iter().zip(COLORS) {
+            let of_pass = lines
+                .iter()
+                .filter(|line| line.pass == *pass && line.threads == n)
+                .filter(|line| line.layout == layout || line.layout == "-");
+            let points = of_pass.map(|line| (line.bytes as f64, line.ns_per_element));
+            let label = match *pass {
+                "copy" => "copy, cached stores",
+                "stream" => "copy, streaming stores",
+                pass => pass,
+            };
+            let style = color.stroke_width(if *pass == "copy" { 1 } else { 2 });
+            chart
+                .draw_series(LineSeries::new(points, style))?
+                .label(label)
+                .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
+        }
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::UpperMiddle)
+            .background_style(WHITE.mix(0.8))
+            .label_font(("sans-serif", 13))
+            .draw()?;
+    }
+    root.present()?;
+    drop(root);
+    Ok(svg)
+}
+
+fn size(bytes: f64) -> String {
+    match bytes {
+        b if b < 1e6 => format!("{:.0} KB", b / 1e3),
+        b if b < 1e9 => format!("{:.0} MB", b / 1e6),
+        b => format!("{:.0} GB", b / 1e9),
+    }
+}
+
+#[derive(Deserialize)]
+struct Peer {
+    peer: String,
+    pass: String,
+    layout: String,
+    dtype: String,
+    shape: Shape,
+    threads: usize,
+    ratio: f64,
+}
+
+/// A panel for each pass, a row for each peer and layout, a dot for each shape; f32 with the most threads.
+fn peers(json: &str) -> Result<String> {
+    let lines: Vec<Peer> = serde_json::from_str(json)?;
+    let most = lines.iter().map(|line| line.threads).max().unwrap_or(1);
+    let mut passes: Vec<&str> = lines.iter().map(|line| line.pass.as_str()).collect();
+    passes.sort();
+    passes.dedup();
+    let mut svg = String::new();
+    let root = SVGBackend::with_string(&mut svg, (520 * passes.len().max(1) as u32, 460)).into_drawing_area();
+    root.fill(&WHITE)?;
+    for (panel, pass) in root.split_evenly((1, passes.len().max(1))).iter().zip(&passes) {
+        let mut dots = Dots::default();
+        for line in lines.iter().filter(|l| l.pass == *pass && l.dtype == "f32" && l.threads == most) {
+            let large = line.shape.n * line.shape.c * line.shape.spatial.iter().product::<usize>() * 4 >= 12 << 20;
+            let size = if large { "12 MiB and more" } else { "less than 12 MiB" };
+            dots.add(format!("{} {}", line.peer, line.layout), size, line.ratio);
+        }
+        dots.draw(panel, pass, &format!("times as fast as the peer, {}", threads(most)))?;
+    }
+    root.present()?;
+    drop(root);
+    Ok(svg)
+}
