@@ -218,7 +218,7 @@ fn run<E: Element>(
         if args.threads.is_some_and(|only| only != threads) {
             continue;
         }
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+        let pool = stream::pool(threads)?;
         for pass in PASSES {
             if args.pass.as_ref().is_some_and(|only| only != pass) {
                 continue;

@@ -57,7 +57,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let dy = x.clone();
         let (mut y, mut dx) = (x.clone(), x.clone());
         for threads in 1..=num_cpus::get_physical() {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+            let pool = stream::pool(threads)?;
             for (layout, name) in [(Layout::ChannelsFirst, "NCHW"), (Layout::ChannelsLast, "NHWC")] {
                 let bn = BatchNorm::<f32>::new(shape(layout, elements))?;
                 let gamma = vec![1.5; bn.shape().channels()];

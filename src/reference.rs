@@ -146,11 +146,11 @@ fn deviation<R: Real>(x: R, shift: R) -> Pair<R> {
     (x - shift, (x - shift) * (x - shift))
 }
 
-/// Whether sums of `n` deviations and squares can be trusted: the shift within two standard deviations of the mean,
+/// Whether sums of `n` deviations and squares can be trusted: the shift within 1.4 standard deviations of the mean,
 /// the squares neither overflowed nor so small that bits were lost.
 fn is_sound(n: f64, (s, q): (f64, f64), tiny: f64) -> bool {
     let square = s * (s / n);
-    square <= 4.0 * (q - square) && q >= n * tiny && q < f64::INFINITY
+    square <= 2.0 * (q - square) && q >= n * tiny && q < f64::INFINITY
 }
 
 /// Mean, residue and m2 from sums around a shift; where they are not sound, from `wide` sums in f64, around the same
@@ -200,8 +200,10 @@ fn planar_moments<E: Element>(planar: Planar, x: &[E], channel: usize, block: us
 fn row_moments<E: Element>(rows: Rows, x: &[E], block: usize) -> Vec<[f64; 3]> {
     let range = rows.block(block);
     let shift = |c: usize| {
-        let row = |i: usize| range.start + i * range.len() / 4;
-        mean_of_four([0, 1, 2, 3].map(|i| x[row(i) * rows.channels + c].to_param()))
+        let row = |i: usize| range.start + i * range.len() / 8;
+        let v = [0, 1, 2, 3, 4, 5, 6, 7].map(|i| x[row(i) * rows.channels + c].to_param());
+        let mean = (((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]))) * E::Param::from_f64(0.125);
+        if mean.to_f64().is_finite() { mean } else { v[0] }
     };
     let shifts: Vec<_> = (0..rows.channels).map(shift).collect();
     let sums = sum_rows(rows, block, |i| deviation(x[i].to_param(), shifts[i % rows.channels]));

@@ -15,6 +15,8 @@ use crate::simd::{Compute, Isa, Load, Native, Vector, Widened};
 /// Places of a block that its shift is made of.
 pub(crate) const SAMPLES: usize = 4;
 
+/// Rows of a block that its shifts are made of.
+const ROW_SAMPLES: usize = 8;
 /// Channels of rows that are summed again together: a line of memory, read for one, has them all.
 const TILE: usize = 16;
 
@@ -58,13 +60,13 @@ struct Shifted {
 }
 
 impl Shifted {
-    /// Whether the shift lies within two standard deviations of the mean, so that `q - s*s/n` cancels little, and
+    /// Whether the shift lies within 1.4 standard deviations of the mean, so that `q - s*s/n` cancels little, and
     /// the squares kept their bits. A NaN or an infinity says no.
     #[inline(always)]
     fn is_sound<R: Real>(&self) -> bool {
         let square = self.s * (self.s / self.n);
         // No branches, so that channels of rows are judged several at a time.
-        (square <= 4.0 * (self.q - square)) & (self.q >= self.n * R::TINY_SQUARE) & (self.q < f64::INFINITY)
+        (square <= 2.0 * (self.q - square)) & (self.q >= self.n * R::TINY_SQUARE) & (self.q < f64::INFINITY)
     }
 
     /// The mean found, where another pass in f64 around it would do better.
@@ -177,7 +179,8 @@ unsafe fn in_f64<I: Isa, E: Element>(isa: I, x: *const E, shifted: Shifted, runs
     wide.finish()
 }
 
-/// Shifts for the channels of a block of rows: the mean of four rows spread over it.
+/// Shifts for the channels of a block of rows: the mean of eight rows spread over it, one value each, so that hardly any
+/// channel is summed twice.
 ///
 /// # Safety
 /// As [`of_rows`]; `shifts` are as long as the arrays of its columns.
@@ -187,19 +190,21 @@ unsafe fn shifts_of_rows<I: Isa, E: Element>(isa: I, x: *const E, block: RowBloc
     let rows = block.len / block.channels;
     let (first, last) = (block.columns.0, block.columns.1.min(block.channels));
     let zero = Compute::<I, E>::splat(isa, Default::default());
-    let quarter = Compute::<I, E>::splat(isa, E::Param::from_f64(0.25));
+    let share = Compute::<I, E>::splat(isa, E::Param::from_f64(1.0 / ROW_SAMPLES as f64));
     assert!((last - first).next_multiple_of(lanes) <= shifts.len());
     for c in (first..last).step_by(lanes) {
-        let mut samples = [zero; SAMPLES];
+        let mut samples = [zero; ROW_SAMPLES];
         for (i, sample) in samples.iter_mut().enumerate() {
             // SAFETY: up to a vector of a row of the block.
             unsafe {
-                let from = x.add(block.start + i * rows / SAMPLES * block.channels + c);
+                let from = x.add(block.start + i * rows / ROW_SAMPLES * block.channels + c);
                 *sample = if c + lanes <= last { E::load(isa, from) } else { E::load_first(isa, from, last - c, zero) };
             }
         }
+        let [s0, s1, s2, s3, s4, s5, s6, s7] = samples;
+        let sum = sums::tree([s0, s1, s2, s3]).add(sums::tree([s4, s5, s6, s7]));
         // SAFETY: inside the array, by the assertion.
-        unsafe { sums::tree(samples).mul(quarter).store(shifts.as_mut_ptr().add(c - first)) };
+        unsafe { sum.mul(share).store(shifts.as_mut_ptr().add(c - first)) };
     }
 }
 
