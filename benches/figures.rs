@@ -174,7 +174,7 @@ impl Dots {
         }
         chart
             .configure_series_labels()
-            .position(SeriesLabelPosition::LowerRight)
+            .position(SeriesLabelPosition::UpperRight)
             .background_style(WHITE.mix(0.8))
             .label_font(("sans-serif", 13))
             .draw()?;
@@ -280,8 +280,8 @@ fn peers(json: &str) -> Result<String> {
     for (panel, pass) in root.split_evenly((1, passes.len().max(1))).iter().zip(&passes) {
         let mut dots = Dots::default();
         for line in lines.iter().filter(|l| l.pass == *pass && l.dtype == "f32" && l.threads == most) {
-            let large = line.shape.n * line.shape.c * line.shape.spatial.iter().product::<usize>() * 4 >= 12 << 20;
-            let size = if large { "12 MiB and more" } else { "less than 12 MiB" };
+            let large = line.shape.n * line.shape.c * line.shape.spatial.iter().product::<usize>() * 4 >= 16 << 20;
+            let size = if large { "16 MiB and more" } else { "less than 16 MiB" };
             dots.add(format!("{} {}", line.peer, line.layout), size, line.ratio);
         }
         dots.draw(panel, pass, &format!("times as fast as the peer, {}", threads(most)))?;

@@ -27,7 +27,7 @@ pub enum Stores {
 }
 
 /// Bytes of a tensor from which on memory is what a pass waits for: it is read ahead and stored past the caches.
-const LARGE: usize = 12 << 20;
+const LARGE: usize = 16 << 20;
 /// Bytes of the channels that a thread reduces before it writes the first of them: small enough for a second-level cache,
 /// large enough for long stretches of memory.
 const BATCH_BYTES: usize = 600 << 10;
