@@ -29,6 +29,11 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 type Draw = fn(&str) -> Result<String>;
 type Panel<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
+/// Sizes of text: of labels, of axes and of titles.
+const SMALL: (&str, i32) = ("sans-serif", 13);
+const MEDIUM: (&str, i32) = ("sans-serif", 15);
+const LARGE: (&str, i32) = ("sans-serif", 20);
+
 const COLORS: [RGBColor; 5] = [
     RGBColor(0x1f, 0x5f, 0xa8),
     RGBColor(0xc4, 0x4e, 0x1c),
@@ -143,7 +148,7 @@ impl Dots {
         let rows = self.rows.len() as f64;
         let mut chart = ChartBuilder::on(panel)
             .margin(10)
-            .caption(title, ("sans-serif", 20))
+            .caption(title, LARGE)
             .x_label_area_size(40)
             .y_label_area_size(150)
             .build_cartesian_2d(axis, -0.5..rows - 0.5)?;
@@ -156,11 +161,11 @@ impl Dots {
             .x_label_formatter(&|x| format!("{x:.1}"))
             .light_line_style(TRANSPARENT)
             .bold_line_style(BLACK.mix(0.12))
-            .label_style(("sans-serif", 13))
-            .axis_desc_style(("sans-serif", 15))
+            .label_style(SMALL)
+            .axis_desc_style(MEDIUM)
             .draw()?;
         chart.draw_series(LineSeries::new([(1.0, -0.5), (1.0, rows - 0.5)], BLACK.mix(0.6)))?;
-        let text = ("sans-serif", 13).into_text_style(panel).pos(Pos::new(HPos::Right, VPos::Center));
+        let text = SMALL.into_text_style(panel).pos(Pos::new(HPos::Right, VPos::Center));
         for (i, row) in self.rows.iter().enumerate() {
             let label = EmptyElement::at((low, rows - 1.0 - i as f64)) + Text::new(row.clone(), (-6, 0), text.clone());
             chart.draw_series([label])?;
@@ -176,7 +181,7 @@ impl Dots {
             .configure_series_labels()
             .position(SeriesLabelPosition::UpperRight)
             .background_style(WHITE.mix(0.8))
-            .label_font(("sans-serif", 13))
+            .label_font(SMALL)
             .draw()?;
         Ok(())
     }
@@ -205,7 +210,7 @@ fn sweep(json: &str) -> Result<String> {
         let (n, layout) = ([1, most][i % 2], ["NCHW", "NHWC"][i / 2]);
         let mut chart = ChartBuilder::on(panel)
             .margin(14)
-            .caption(format!("{layout}, {}", threads(n)), ("sans-serif", 20))
+            .caption(format!("{layout}, {}", threads(n)), LARGE)
             .x_label_area_size(40)
             .y_label_area_size(60)
             .build_cartesian_2d((1e3..1.2e9).log_scale(), (low * 0.9..high * 3.0).log_scale())?;
@@ -216,8 +221,8 @@ fn sweep(json: &str) -> Result<String> {
             .x_label_formatter(&|x| size(*x))
             .light_line_style(TRANSPARENT)
             .bold_line_style(BLACK.mix(0.12))
-            .label_style(("sans-serif", 13))
-            .axis_desc_style(("sans-serif", 15))
+            .label_style(SMALL)
+            .axis_desc_style(MEDIUM)
             .draw()?;
         for (pass, color) in ["forward", "backward", "inference", "copy", "stream"].iter().zip(COLORS) {
             let of_pass = lines
@@ -240,7 +245,7 @@ fn sweep(json: &str) -> Result<String> {
             .configure_series_labels()
             .position(SeriesLabelPosition::UpperMiddle)
             .background_style(WHITE.mix(0.8))
-            .label_font(("sans-serif", 13))
+            .label_font(SMALL)
             .draw()?;
     }
     root.present()?;

@@ -22,6 +22,11 @@ impl<E: Element, T, F: Fn(usize, GradientSums) -> T + Sync> Reduction<E, 2> for 
     type Block<I: Isa> = gradient::Block<I, E>;
 
     #[inline(always)]
+    fn blank<I: Isa>(&self, isa: I) -> gradient::Block<I, E> {
+        RunSums::new(isa, [E::Param::default(); 2])
+    }
+
+    #[inline(always)]
     unsafe fn begin<I: Isa>(&self, isa: I, channel: usize, _: Runs) -> gradient::Block<I, E> {
         RunSums::new(isa, [self.saved.mean[channel], self.saved.inv_std[channel]])
     }

@@ -3,7 +3,7 @@
 use crate::element::{Element, Real};
 use crate::grid::{Band, InOut, Runs, Source};
 use crate::kernel::map::{Map, Target};
-use crate::kernel::sums::{Columns, RowBlock};
+use crate::kernel::sums::{Columns, RowBlock, RunSums};
 use crate::kernel::{moments, normalize};
 use crate::moments::{MergeWeights, Moments, Saved};
 use crate::pass::{Application, Reduction};
@@ -33,6 +33,11 @@ pub(crate) struct MomentsOf<'a, E, F> {
 impl<E: Element, T, F: Fn(usize, Moments) -> T + Sync> Reduction<E, 3> for MomentsOf<'_, E, F> {
     type Closed = T;
     type Block<I: Isa> = moments::Block<I, E>;
+
+    #[inline(always)]
+    fn blank<I: Isa>(&self, isa: I) -> moments::Block<I, E> {
+        RunSums::new(isa, [E::Param::default(); 1])
+    }
 
     #[inline(always)]
     unsafe fn begin<I: Isa>(&self, isa: I, _: usize, runs: Runs) -> moments::Block<I, E> {

@@ -103,7 +103,7 @@ impl Runs {
 
     /// The runs in the order in which they are summed: together if there are enough of them, else one by one.
     pub(crate) fn bands(self) -> impl Iterator<Item = Band> {
-        let rows = if self.count >= BAND { BAND } else { 1 };
+        let rows = self.together();
         (0..self.count).step_by(rows).map(move |run| Band {
             start: self.start + run * self.stride,
             len: self.len,
@@ -111,6 +111,11 @@ impl Runs {
             stride: self.stride,
             across: rows > 1,
         })
+    }
+
+    /// Runs that are summed at a time.
+    pub(crate) fn together(&self) -> usize {
+        if self.count >= BAND { BAND } else { 1 }
     }
 
     /// Whether more runs follow after `band`.
@@ -144,12 +149,6 @@ impl Planar {
 
     fn planes_per_block(&self) -> usize {
         PLANAR_BLOCK / self.plane.max(1)
-    }
-
-    /// Images whose planes are summed together.
-    pub(crate) fn band(&self) -> usize {
-        let count = if self.plane > PLANAR_BLOCK { 1 } else { self.planes_per_block().min(self.planes) };
-        if count >= BAND { BAND } else { 1 }
     }
 
     pub(crate) fn block(&self, channel: usize, block: usize) -> Runs {

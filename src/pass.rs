@@ -38,6 +38,9 @@ pub(crate) trait Reduction<E: Element, const S: usize>: Sync {
     /// What is known of a block of a channel while its runs are read.
     type Block<I: Isa>: Copy;
 
+    /// A block that was not started.
+    fn blank<I: Isa>(&self, isa: I) -> Self::Block<I>;
+
     /// Starts a block.
     ///
     /// # Safety
@@ -365,7 +368,7 @@ struct Stretches {
 
 impl Stretches {
     fn new<E: Element, A: Application<E, K>, const K: usize>(len: usize, each: usize, application: &A) -> Self {
-        Self { len, each, head: (MAX_LANES - application.target().lead()) % MAX_LANES }
+        Self { len, each, head: application.target().head() }
     }
 
     fn count(&self) -> usize {
@@ -473,7 +476,7 @@ impl<E: Element, R> Reader<'_, E, R> {
 
     /// Images that are prefetched while others are read; none where they would leave the cache again.
     fn images_ahead(&self) -> usize {
-        let images = self.planar.band();
+        let images = self.planar.block(self.channels.start, 0).together();
         let bytes = images * self.batch * self.planar.plane * size_of::<E>();
         if self.prefetches && bytes <= AHEAD { images } else { 0 }
     }
@@ -483,9 +486,7 @@ impl<E: Element, R> Reader<'_, E, R> {
     where
         R: Reduction<E, S>,
     {
-        let c = self.channels.start;
-        // SAFETY: the runs come from the grid.
-        let block = unsafe { self.reduction.begin(isa, c, self.planar.block(c, 0)) };
+        let block = self.reduction.blank(isa);
         Batch { blocks: [block; BATCH], totals: core::array::from_fn(|_| Merged::new()) }
     }
 

@@ -41,10 +41,17 @@ pub(crate) struct Target<E> {
 }
 
 impl<E: Element> Target<E> {
+    /// Lanes of a logical vector.
+    const LANES: usize = MAX_LANES * size_of::<f32>() / size_of::<E::Param>();
+
+    /// Elements before the first aligned vector.
+    pub(crate) fn head(&self) -> usize {
+        self.unaligned(0, Self::LANES).unwrap_or(0)
+    }
+
     /// Where arrays of parameters begin, so that they are aligned where the elements of a tensor are.
     pub(crate) fn lead(&self) -> usize {
-        let lanes = MAX_LANES * size_of::<f32>() / size_of::<E::Param>();
-        (lanes - self.unaligned(0, lanes).unwrap_or(0)) % lanes
+        (Self::LANES - self.head()) % Self::LANES
     }
 
     /// Stores a vector from element `at` on.
