@@ -1,24 +1,27 @@
 //! The backward pass: the sums that the gradients are made of, and the gradient of the input.
 
+use core::ops::Range;
+
 use crate::element::{Element, Real};
+use crate::forward::each;
 use crate::grid::{Band, InOut, Runs, Source};
 use crate::kernel::gradient;
 use crate::kernel::map::{Map, Target};
 use crate::kernel::sums::{Columns, RowBlock, RunSums};
-use crate::moments::{GradientSums, MergeWeights, Saved};
-use crate::pass::{Application, Reduction};
+use crate::moments::{Keep, MergeWeights, Saved};
+use crate::pass::{Application, BATCH, Each, Reduction};
 use crate::simd::Isa;
 
-/// The gradient sums of each channel, recorded by `close`.
-pub(crate) struct GradientSumsOf<'a, E: Element, F> {
+/// The gradient sums of each channel.
+pub(crate) struct GradientSumsOf<'a, E: Element, O> {
     pub(crate) x: Source<'a, E>,
     pub(crate) dy: Source<'a, E>,
     pub(crate) saved: &'a Saved<E::Param>,
-    pub(crate) close: F,
+    pub(crate) out: O,
 }
 
-impl<E: Element, T, F: Fn(usize, GradientSums) -> T + Sync> Reduction<E, 2> for GradientSumsOf<'_, E, F> {
-    type Closed = T;
+impl<E: Element, O: Keep<2>> Reduction<E, 2> for GradientSumsOf<'_, E, O> {
+    type Closed = [Each<f64>; 2];
     type Block<I: Isa> = gradient::Block<I, E>;
 
     #[inline(always)]
@@ -56,10 +59,17 @@ impl<E: Element, T, F: Fn(usize, GradientSums) -> T + Sync> Reduction<E, 2> for 
         [a[0] + b[0], a[1] + b[1]]
     }
 
-    unsafe fn close(&self, channel: usize, [dy, dy_xhat]: [f64; 2]) -> T {
-        // The kernel left out what the rounded mean lacks.
-        let lacking = self.saved.residue[channel].to_f64() * self.saved.inv_std[channel].to_f64();
-        (self.close)(channel, GradientSums { dy, dy_xhat: dy_xhat - lacking * dy })
+    unsafe fn close(&self, channels: Range<usize>, [dy, dy_xhat]: &[Each<f64>; 2]) -> [Each<f64>; 2] {
+        let saved = self.saved.statistics(channels.clone());
+        let mut sums = [*dy, *dy_xhat];
+        for i in 0..channels.len() {
+            // The kernel left out what the rounded mean lacks.
+            let lacking = saved.residue[i].to_f64() * saved.inv_std[i];
+            sums[1][i] -= lacking * dy[i];
+        }
+        // SAFETY: the caller's promise.
+        unsafe { self.out.keep(channels, &sums) };
+        sums
     }
 }
 
@@ -76,12 +86,20 @@ pub(crate) struct InputGradientTo<'a, E: Element> {
 }
 
 impl<E: Element> Application<E, 6> for InputGradientTo<'_, E> {
-    type Given = GradientSums;
+    type Given = [Each<f64>; 2];
 
-    fn coefficients(&self, c: usize, sums: GradientSums) -> [E::Param; 6] {
-        let gamma = self.gamma.map_or(E::Param::from_f64(1.0), |gamma| gamma[c]);
-        let (mean, residue, inv_std) = (self.saved.mean[c], self.saved.residue[c], self.saved.inv_std[c]);
-        gradient::coefficients(mean, residue, inv_std, gamma, sums, self.count as f64)
+    fn coefficients(&self, channels: Range<usize>, [dy, dy_xhat]: &Self::Given) -> [Each<E::Param>; 6] {
+        let gamma = each(self.gamma, channels.clone(), E::Param::from_f64(1.0));
+        let inv_std = each(Some(&self.saved.inv_std), channels.clone(), E::Param::default());
+        let saved = self.saved.statistics(channels.clone());
+        let count = self.count as f64;
+        let mut all = [[E::Param::default(); BATCH]; 6];
+        for i in 0..channels.len() {
+            let (mean, residue) = (saved.mean[i], saved.residue[i]);
+            let one = gradient::coefficients(mean, residue, inv_std[i], gamma[i], [dy[i], dy_xhat[i]], count);
+            [all[0][i], all[1][i], all[2][i], all[3][i], all[4][i], all[5][i]] = one;
+        }
+        all
     }
 
     #[inline(always)]

@@ -1,37 +1,53 @@
 //! The forward pass: moments of a batch, and normalization with statistics of any origin.
 
+use core::ops::Range;
+
 use crate::element::{Element, Real};
 use crate::grid::{Band, InOut, Runs, Source};
 use crate::kernel::map::{Map, Target};
 use crate::kernel::sums::{Columns, RowBlock, RunSums};
 use crate::kernel::{moments, normalize};
-use crate::moments::{MergeWeights, Moments, Saved};
-use crate::pass::{Application, Reduction};
+use crate::moments::{Keep, MergeWeights, Saved};
+use crate::pass::{Application, BATCH, Each, Reduction};
 use crate::plan::Affine;
 use crate::simd::Isa;
 
-/// The statistics that a channel is normalized with.
+/// The statistics that channels are normalized with.
+#[derive(Default)]
 pub(crate) struct Statistics<P> {
-    pub(crate) mean: P,
-    pub(crate) residue: P,
-    pub(crate) inv_std: f64,
+    pub(crate) mean: Each<P>,
+    pub(crate) residue: Each<P>,
+    pub(crate) inv_std: Each<f64>,
 }
 
 impl<P: Real> Saved<P> {
-    pub(crate) fn statistics(&self, c: usize) -> Statistics<P> {
-        Statistics { mean: self.mean[c], residue: self.residue[c], inv_std: self.inv_std[c].to_f64() }
+    pub(crate) fn statistics(&self, channels: Range<usize>) -> Statistics<P> {
+        let inv_std = each(Some(&self.inv_std), channels.clone(), P::default());
+        Statistics {
+            mean: each(Some(&self.mean), channels.clone(), P::default()),
+            residue: each(Some(&self.residue), channels, P::default()),
+            inv_std: inv_std.map(Real::to_f64),
+        }
     }
 }
 
-/// The moments of each channel, recorded by `close`.
-pub(crate) struct MomentsOf<'a, E, F> {
-    pub(crate) x: Source<'a, E>,
-    pub(crate) count: u64,
-    pub(crate) close: F,
+/// Values of up to [`BATCH`] channels, or the same for each where none are given.
+pub(crate) fn each<P: Copy>(values: Option<&[P]>, channels: Range<usize>, otherwise: P) -> Each<P> {
+    let mut each = [otherwise; BATCH];
+    if let Some(values) = values {
+        each[..channels.len()].copy_from_slice(&values[channels]);
+    }
+    each
 }
 
-impl<E: Element, T, F: Fn(usize, Moments) -> T + Sync> Reduction<E, 3> for MomentsOf<'_, E, F> {
-    type Closed = T;
+/// The moments of each channel.
+pub(crate) struct MomentsOf<'a, E, O> {
+    pub(crate) x: Source<'a, E>,
+    pub(crate) out: O,
+}
+
+impl<E: Element, O: Keep<3>> Reduction<E, 3> for MomentsOf<'_, E, O> {
+    type Closed = O::Kept;
     type Block<I: Isa> = moments::Block<I, E>;
 
     #[inline(always)]
@@ -68,8 +84,9 @@ impl<E: Element, T, F: Fn(usize, Moments) -> T + Sync> Reduction<E, 3> for Momen
         weights.merge(a.into(), b.into()).into()
     }
 
-    unsafe fn close(&self, channel: usize, [mean, residue, m2]: [f64; 3]) -> T {
-        (self.close)(channel, Moments { count: self.count, mean, residue, m2 })
+    unsafe fn close(&self, channels: Range<usize>, values: &[Each<f64>; 3]) -> O::Kept {
+        // SAFETY: the caller's promise.
+        unsafe { self.out.keep(channels, values) }
     }
 }
 
@@ -83,10 +100,16 @@ pub(crate) struct NormalizeTo<'a, E: Element> {
 impl<E: Element> Application<E, 3> for NormalizeTo<'_, E> {
     type Given = Statistics<E::Param>;
 
-    fn coefficients(&self, c: usize, given: Self::Given) -> [E::Param; 3] {
-        let gamma = self.affine.gamma.map_or(E::Param::from_f64(1.0), |gamma| gamma[c]);
-        let beta = self.affine.beta.map_or(E::Param::from_f64(0.0), |beta| beta[c]);
-        normalize::coefficients(given.mean, given.residue, given.inv_std, gamma, beta)
+    fn coefficients(&self, channels: Range<usize>, given: &Self::Given) -> [Each<E::Param>; 3] {
+        let gamma = each(self.affine.gamma, channels.clone(), E::Param::from_f64(1.0));
+        let beta = each(self.affine.beta, channels.clone(), E::Param::from_f64(0.0));
+        let mut all = [[E::Param::default(); BATCH]; 3];
+        for i in 0..channels.len() {
+            let Statistics { mean, residue, inv_std } = given;
+            let one = normalize::coefficients(mean[i], residue[i], inv_std[i], gamma[i], beta[i]);
+            [all[0][i], all[1][i], all[2][i]] = one;
+        }
+        all
     }
 
     #[inline(always)]

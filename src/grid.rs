@@ -15,15 +15,17 @@ const PLANAR_BLOCK: usize = 8192;
 pub(crate) const BAND: usize = 4;
 /// Elements of one block of rows, before the limits on its rows.
 const ROWS_BLOCK: usize = 262144;
-/// The fewest rows worth one merge per channel, and the most.
+/// The most rows of a block, where rows are long and where they are short.
 const ROWS_PER_BLOCK: (usize, usize) = (512, 4096);
 /// Rows at most this long are joined until their length is a multiple of a vector.
 const JOIN_BELOW: usize = 128;
 /// The number of tiles of columns is chosen freely: columns do not share sums.
 const TILE: usize = 4 * MAX_LANES;
-/// Bytes of one tensor below which another thread costs more than it brings.
+/// Bytes of one tensor below which waking threads costs more than they bring, and those worth one more.
 #[cfg(feature = "rayon")]
-const GRAIN: usize = 128 * 1024;
+const WAKE: usize = 1 << 20;
+#[cfg(feature = "rayon")]
+const GRAIN: usize = 256 << 10;
 
 /// How the elements of the channels lie.
 #[derive(Debug, Clone, Copy)]
@@ -131,8 +133,9 @@ impl Runs {
     /// `K` places spread evenly over the elements, each followed by at least `width` elements of its run.
     pub(crate) fn spread<const K: usize>(&self, width: usize) -> [usize; K] {
         core::array::from_fn(|i| {
-            let at = i * self.size() / K;
-            self.start + at / self.len * self.stride + (at % self.len).min(self.len - width)
+            let run = i * self.count / K;
+            let at = i * self.size() / K - run * self.len;
+            self.start + run * self.stride + at.min(self.len - width)
         })
     }
 }
@@ -174,18 +177,16 @@ pub(crate) struct Rows {
 }
 
 impl Rows {
-    pub(crate) fn rows_per_block(&self) -> usize {
-        (ROWS_BLOCK / self.channels).clamp(ROWS_PER_BLOCK.0, ROWS_PER_BLOCK.1)
-    }
-
+    /// Blocks, of about the same size; one, or as many as a few threads share well.
     pub(crate) fn blocks(&self) -> usize {
-        self.rows.div_ceil(self.rows_per_block())
+        let most = (ROWS_BLOCK / self.channels).clamp(ROWS_PER_BLOCK.0, ROWS_PER_BLOCK.1);
+        if self.rows <= most { self.rows.min(1) } else { self.rows.div_ceil(most).next_multiple_of(4) }
     }
 
     /// The rows of a block.
     pub(crate) fn block(&self, block: usize) -> Range<usize> {
-        let first = block * self.rows_per_block();
-        first..(first + self.rows_per_block()).min(self.rows)
+        let at = |i| (share(self.rows.div_ceil(MAX_LANES), i, self.blocks()) * MAX_LANES).min(self.rows);
+        at(block)..at(block + 1)
     }
 
     /// Rows that the kernels treat as one, so that short rows fill whole vectors.
@@ -258,7 +259,7 @@ impl Parallelism {
             Self::Sequential => 1,
             // More threads than machines have; memory for partial sums grows with them.
             Self::Threads(n) => n.clamp(1, 1024),
-            Self::Auto if bytes < 2 * GRAIN => 1,
+            Self::Auto if bytes < WAKE => 1,
             Self::Auto => rayon::current_num_threads().min(physical_cores()).min(bytes / GRAIN),
         }
         #[cfg(not(feature = "rayon"))]
@@ -274,6 +275,16 @@ impl Parallelism {
 fn physical_cores() -> usize {
     static CORES: std::sync::OnceLock<usize> = std::sync::OnceLock::new();
     *CORES.get_or_init(|| num_cpus::get_physical().max(1))
+}
+
+/// Calls `work` on one of the threads that will share it, so that they are woken once for all its parts.
+pub(crate) fn among(workers: usize, work: impl FnOnce() + Send) {
+    #[cfg(feature = "rayon")]
+    if workers > 1 {
+        return rayon::scope(|_| work());
+    }
+    let _ = workers;
+    work();
 }
 
 /// Into how many pieces `items` are cut for `workers` threads: a few for each, so that a late thread finds less to do.
@@ -332,19 +343,6 @@ impl<'a, T> Disjoint<'a, T> {
         assert!(range.start <= range.end && range.end <= self.len, "range outside of the slice");
         // SAFETY: inside the slice, and exclusive as the caller promises.
         unsafe { core::slice::from_raw_parts_mut(self.ptr.add(range.start), range.len()) }
-    }
-
-    /// Writes one element.
-    ///
-    /// # Safety
-    /// No other access to it happens at the same time.
-    pub(crate) unsafe fn set(&self, index: usize, value: T)
-    where
-        T: Copy,
-    {
-        assert!(index < self.len, "index outside of the slice");
-        // SAFETY: inside the slice, and exclusive as the caller promises.
-        unsafe { self.ptr.add(index).write(value) }
     }
 }
 

@@ -1,9 +1,12 @@
 //! Statistics of one channel: what crosses blocks, threads and machines.
 
+use core::ops::Range;
+
 use crate::element::Real;
 use crate::error::{Error, Result};
 use crate::forward::Statistics;
 use crate::grid::Disjoint;
+use crate::pass::{BATCH, Each};
 
 /// Count, mean and sum of squared deviations of the values of one channel.
 ///
@@ -195,33 +198,104 @@ impl<P: Real> Saved<P> {
     }
 
     /// Takes the statistics of a batch of `count` values, from several threads.
-    pub(crate) fn recorder(&mut self, count: u64) -> Recorder<'_, P> {
+    pub(crate) fn recorder(&mut self, count: u64, eps: f64) -> Recorder<'_, P> {
         self.count = count;
         let Self { mean, residue, var, inv_std, .. } = self;
-        Recorder { fields: [mean, residue, var, inv_std].map(|field| Disjoint::new(field)) }
+        Recorder { fields: [mean, residue, var, inv_std].map(|field| Disjoint::new(field)), count: count as f64, eps }
     }
+}
+
+/// Where the values of channels are kept when all their blocks are merged.
+pub(crate) trait Keep<const S: usize>: Sync {
+    /// What is made of them.
+    type Kept;
+
+    /// Keeps those of up to [`BATCH`] channels.
+    ///
+    /// # Safety
+    /// No other thread keeps the same channels.
+    unsafe fn keep(&self, channels: Range<usize>, values: &[Each<f64>; S]) -> Self::Kept;
 }
 
 /// The fields of [`Saved`], open to several threads.
 pub(crate) struct Recorder<'a, P> {
     fields: [Disjoint<'a, P>; 4],
+    count: f64,
+    eps: f64,
 }
 
-impl<P: Real> Recorder<'_, P> {
-    /// Records a channel and returns what the forward pass needs of it.
-    ///
-    /// # Safety
-    /// No other thread records the same channel.
-    pub(crate) unsafe fn set(&self, channel: usize, moments: &Moments, eps: f64) -> Statistics<P> {
-        let mean = P::from_f64(moments.mean);
-        let residue = P::from_f64((moments.mean - mean.to_f64()) + moments.residue);
-        let var = P::from_f64(moments.variance());
-        let inv_std = P::from_f64_saturating(moments.inv_std(eps));
-        for (field, value) in self.fields.iter().zip([mean, residue, var, inv_std]) {
-            // SAFETY: the caller's promise.
-            unsafe { field.set(channel, value) };
+impl<P: Real> Keep<3> for Recorder<'_, P> {
+    /// What the forward pass needs.
+    type Kept = Statistics<P>;
+
+    unsafe fn keep(&self, channels: Range<usize>, [mean, residue, m2]: &[Each<f64>; 3]) -> Statistics<P> {
+        let mut kept = Statistics::default();
+        let (mut var, mut inv_std_of) = ([P::default(); BATCH], [P::default(); BATCH]);
+        for i in 0..channels.len() {
+            let rounded = P::from_f64(mean[i]);
+            kept.mean[i] = rounded;
+            kept.residue[i] = P::from_f64((mean[i] - rounded.to_f64()) + residue[i]);
+            let variance = m2[i] / self.count;
+            var[i] = P::from_f64(variance);
+            inv_std_of[i] = P::from_f64_saturating(inv_std(variance, self.eps));
+            kept.inv_std[i] = inv_std_of[i].to_f64();
         }
-        Statistics { mean, residue, inv_std: inv_std.to_f64() }
+        for (field, values) in self.fields.iter().zip([&kept.mean, &kept.residue, &var, &inv_std_of]) {
+            // SAFETY: the caller's promise.
+            unsafe { field.slice(channels.clone()) }.copy_from_slice(&values[..channels.len()]);
+        }
+        kept
+    }
+}
+
+/// Keeps [`Moments`] of `count` values.
+pub(crate) struct MomentsTo<'a> {
+    pub(crate) count: u64,
+    pub(crate) out: Disjoint<'a, Moments>,
+}
+
+impl Keep<3> for MomentsTo<'_> {
+    type Kept = ();
+
+    unsafe fn keep(&self, channels: Range<usize>, [mean, residue, m2]: &[Each<f64>; 3]) {
+        // SAFETY: the caller's promise.
+        for (i, out) in unsafe { self.out.slice(channels) }.iter_mut().enumerate() {
+            *out = Moments { count: self.count, mean: mean[i], residue: residue[i], m2: m2[i] };
+        }
+    }
+}
+
+/// Keeps [`GradientSums`].
+pub(crate) struct SumsTo<'a>(pub(crate) Disjoint<'a, GradientSums>);
+
+impl Keep<2> for SumsTo<'_> {
+    type Kept = ();
+
+    unsafe fn keep(&self, channels: Range<usize>, [dy, dy_xhat]: &[Each<f64>; 2]) {
+        // SAFETY: the caller's promise.
+        for (i, out) in unsafe { self.0.slice(channels) }.iter_mut().enumerate() {
+            *out = GradientSums { dy: dy[i], dy_xhat: dy_xhat[i] };
+        }
+    }
+}
+
+/// Keeps the gradients of gamma and beta that are wanted.
+pub(crate) struct AffineGradientsTo<'a, P> {
+    pub(crate) dgamma: Option<Disjoint<'a, P>>,
+    pub(crate) dbeta: Option<Disjoint<'a, P>>,
+}
+
+impl<P: Real> Keep<2> for AffineGradientsTo<'_, P> {
+    type Kept = ();
+
+    unsafe fn keep(&self, channels: Range<usize>, [dy, dy_xhat]: &[Each<f64>; 2]) {
+        for (out, sums) in [(self.dgamma, dy_xhat), (self.dbeta, dy)] {
+            let Some(out) = out else { continue };
+            // SAFETY: the caller's promise.
+            for (out, &sum) in unsafe { out.slice(channels.clone()) }.iter_mut().zip(sums) {
+                *out = P::from_f64(sum);
+            }
+        }
     }
 }
 

@@ -3,12 +3,14 @@
 //! It is generic over the element type alone, and run through [`Execute`], whose methods belong to concrete types: so
 //! the kernels are compiled once, in this crate, and not again in every crate that calls them.
 
+use core::ops::Range;
+
 use crate::backward::{GradientSumsOf, InputGradientTo};
 use crate::element::{Element, Real};
-use crate::forward::{MomentsOf, NormalizeTo, Statistics};
-use crate::grid::{Disjoint, Source};
-use crate::moments::{GradientSums, Moments, Recorder, Saved, inv_std};
-use crate::pass::Context;
+use crate::forward::{MomentsOf, NormalizeTo, Statistics, each};
+use crate::grid::Source;
+use crate::moments::{AffineGradientsTo, GradientSums, MomentsTo, Recorder, Saved, SumsTo, inv_std};
+use crate::pass::{BATCH, Context};
 use crate::running::Population;
 use crate::scratch::{Need, Scratch};
 
@@ -19,12 +21,14 @@ pub(crate) enum Origin<'a, P> {
 }
 
 impl<P: Real> Origin<'_, P> {
-    fn statistics(&self, c: usize) -> Statistics<P> {
+    fn statistics(&self, channels: Range<usize>) -> Statistics<P> {
         match self {
-            Self::Batch(saved) => saved.statistics(c),
-            Self::Population { population: Population { mean, var }, eps } => {
-                Statistics { mean: mean[c], residue: P::default(), inv_std: inv_std(var[c].to_f64(), *eps) }
-            }
+            Self::Batch(saved) => saved.statistics(channels),
+            Self::Population { population: Population { mean, var }, eps } => Statistics {
+                mean: each(Some(mean), channels.clone(), P::default()),
+                residue: [P::default(); BATCH],
+                inv_std: each(Some(var), channels, P::default()).map(|var| inv_std(var.to_f64(), *eps)),
+            },
         }
     }
 }
@@ -32,22 +36,21 @@ impl<P: Real> Origin<'_, P> {
 /// What a plan can do, with its arguments.
 pub(crate) enum Operation<'a, E: Element> {
     /// Reduce to moments, record them and normalize.
-    Train { normalize: NormalizeTo<'a, E>, record: Recorder<'a, E::Param>, count: u64, eps: f64 },
+    Train { normalize: NormalizeTo<'a, E>, record: Recorder<'a, E::Param> },
     /// Normalize.
     Normalize { normalize: NormalizeTo<'a, E>, origin: Origin<'a, E::Param> },
     /// Reduce to moments.
-    Moments { x: Source<'a, E>, count: u64, out: Disjoint<'a, Moments> },
+    Moments { x: Source<'a, E>, out: MomentsTo<'a> },
     /// Reduce to gradient sums, record what is wanted and write the input's gradient if it is.
     Backward {
         x: Source<'a, E>,
         dy: Source<'a, E>,
         saved: &'a Saved<E::Param>,
         input: Option<InputGradientTo<'a, E>>,
-        dgamma: Option<Disjoint<'a, E::Param>>,
-        dbeta: Option<Disjoint<'a, E::Param>>,
+        out: AffineGradientsTo<'a, E::Param>,
     },
     /// Reduce to gradient sums.
-    GradientSums { x: Source<'a, E>, dy: Source<'a, E>, saved: &'a Saved<E::Param>, out: Disjoint<'a, GradientSums> },
+    GradientSums { x: Source<'a, E>, dy: Source<'a, E>, saved: &'a Saved<E::Param>, out: SumsTo<'a> },
     /// Write the input's gradient.
     InputGradient { input: InputGradientTo<'a, E>, sums: &'a [GradientSums] },
 }
@@ -79,34 +82,19 @@ impl<E: Element> Operation<'_, E> {
     unsafe fn run(self, context: Context, scratch: &mut Scratch<E::Param>) {
         // SAFETY, for all arms: the caller's promise is the callee's, and each channel is closed once.
         match self {
-            Self::Train { normalize, record, count, eps } => {
-                // SAFETY: see above.
-                let close = |c, moments: Moments| unsafe { record.set(c, &moments, eps) };
-                let reduction = MomentsOf { x: normalize.io.from, count, close };
+            Self::Train { normalize, record } => {
+                let reduction = MomentsOf { x: normalize.io.from, out: record };
                 // SAFETY: see above.
                 unsafe { context.run(&reduction, &normalize, scratch) }
             }
             Self::Normalize { normalize, origin } => {
                 // SAFETY: see above.
-                unsafe { context.apply(&normalize, |c| origin.statistics(c), scratch) }
+                unsafe { context.apply(&normalize, |channels| origin.statistics(channels), scratch) }
             }
-            Self::Moments { x, count, out } => {
-                // SAFETY: see above.
-                let close = |c, moments| unsafe { out.set(c, moments) };
-                // SAFETY: see above.
-                unsafe { context.reduce(&MomentsOf { x, count, close }, scratch) }
-            }
-            Self::Backward { x, dy, saved, input, dgamma, dbeta } => {
-                let close = |c, sums: GradientSums| {
-                    for (out, sum) in [(dgamma, sums.dy_xhat), (dbeta, sums.dy)] {
-                        if let Some(out) = out {
-                            // SAFETY: see above.
-                            unsafe { out.set(c, E::Param::from_f64(sum)) }
-                        }
-                    }
-                    sums
-                };
-                let reduction = GradientSumsOf { x, dy, saved, close };
+            // SAFETY: see above.
+            Self::Moments { x, out } => unsafe { context.reduce(&MomentsOf { x, out }, scratch) },
+            Self::Backward { x, dy, saved, input, out } => {
+                let reduction = GradientSumsOf { x, dy, saved, out };
                 // SAFETY: see above.
                 unsafe {
                     match input {
@@ -117,13 +105,18 @@ impl<E: Element> Operation<'_, E> {
             }
             Self::GradientSums { x, dy, saved, out } => {
                 // SAFETY: see above.
-                let close = |c, sums| unsafe { out.set(c, sums) };
-                // SAFETY: see above.
-                unsafe { context.reduce(&GradientSumsOf { x, dy, saved, close }, scratch) }
+                unsafe { context.reduce(&GradientSumsOf { x, dy, saved, out }, scratch) }
             }
             Self::InputGradient { input, sums } => {
+                let given = |channels: Range<usize>| {
+                    let mut given = [[0.0; BATCH]; 2];
+                    for (i, sums) in sums[channels].iter().enumerate() {
+                        [given[0][i], given[1][i]] = [sums.dy, sums.dy_xhat];
+                    }
+                    given
+                };
                 // SAFETY: see above.
-                unsafe { context.apply(&input, |c| sums[c], scratch) }
+                unsafe { context.apply(&input, given, scratch) }
             }
         }
     }

@@ -30,9 +30,13 @@ const FUSED_RUN: usize = 4096;
 /// Merges of one channel that are worth another thread.
 const MERGES: usize = 65536;
 
+/// A value of each of up to [`BATCH`] neighbouring channels. Channels are closed together: the roots and quotients of one
+/// take as long as many of its elements.
+pub(crate) type Each<T> = [T; BATCH];
+
 /// The first half of a pass: `S` values in f64 per channel.
 pub(crate) trait Reduction<E: Element, const S: usize>: Sync {
-    /// What the second half learns of a channel.
+    /// What the second half learns of the channels.
     type Closed;
 
     /// What is known of a block of a channel while its runs are read.
@@ -68,11 +72,11 @@ pub(crate) trait Reduction<E: Element, const S: usize>: Sync {
     /// The values of two neighbouring sets.
     fn merge(weights: MergeWeights, a: [f64; S], b: [f64; S]) -> [f64; S];
 
-    /// Records a channel's values.
+    /// Records the values of up to [`BATCH`] channels.
     ///
     /// # Safety
     /// It is called once for each channel.
-    unsafe fn close(&self, channel: usize, values: [f64; S]) -> Self::Closed;
+    unsafe fn close(&self, channels: Range<usize>, values: &[Each<f64>; S]) -> Self::Closed;
 }
 
 /// The second half of a pass: a map with `K` coefficients per channel.
@@ -80,8 +84,8 @@ pub(crate) trait Application<E: Element, const K: usize>: Sync {
     /// What the coefficients are made of.
     type Given;
 
-    /// The coefficients of a channel.
-    fn coefficients(&self, channel: usize, given: Self::Given) -> [E::Param; K];
+    /// The coefficients of up to [`BATCH`] channels.
+    fn coefficients(&self, channels: Range<usize>, given: &Self::Given) -> [Each<E::Param>; K];
     /// The map.
     fn map<I: Isa>(&self) -> impl Map<I, K, Element = E>;
     /// Where its values go.
@@ -175,8 +179,10 @@ impl Context {
         A: Application<E, K, Given = R::Closed>,
     {
         let (wide, narrow) = scratch.parts(self.need::<S, K>());
-        // SAFETY: each channel is closed once, by each of the arms below.
-        let close = |c, values| application.coefficients(c, unsafe { reduction.close(c, values) });
+        let close = |channels: Range<usize>, values: &[Each<f64>; S]| {
+            // SAFETY: each channel is closed once, by each of the arms below.
+            application.coefficients(channels.clone(), &unsafe { reduction.close(channels, values) })
+        };
         match self.geometry {
             Geometry::Planar(planar) if self.fused::<E>(planar) => {
                 for_each_piece(self.workers, planar.channels, |_, channels| {
@@ -187,19 +193,19 @@ impl Context {
             Geometry::Planar(planar) => {
                 let coefficients: &mut [[E::Param; K]] = narrow.as_chunks_mut().0;
                 let out = Disjoint::new(coefficients);
-                self.reduce_planar(planar, reduction, wide, |c, values| {
+                self.reduce_planar(planar, reduction, wide, |channels, values| {
                     // SAFETY: each channel is closed once.
-                    unsafe { out.set(c, close(c, values)) }
+                    transpose(&close(channels.clone(), values), unsafe { out.slice(channels) });
                 });
                 self.apply_planar(planar, application, coefficients, Order::Backwards);
             }
             Geometry::Rows(rows) => {
                 let (coefficients, work) = narrow.split_at_mut(K * rows.padded());
                 let (out, lead) = (Disjoint::new(coefficients), application.target().lead());
-                self.reduce_rows(rows, reduction, wide, work, |c, values| {
-                    let coefficients = close(c, values);
+                self.reduce_rows(rows, reduction, wide, work, |channels, values| {
+                    let coefficients = close(channels.clone(), values);
                     // SAFETY: each channel is closed once.
-                    unsafe { set_columns(rows, out, lead, c, coefficients) }
+                    unsafe { set_columns(rows, out, lead, channels, &coefficients) }
                 });
                 self.apply_rows(rows, application, coefficients, Order::Backwards);
             }
@@ -216,15 +222,13 @@ impl Context {
         R: Reduction<E, S>,
     {
         let (wide, narrow) = scratch.parts(self.need::<S, 0>());
+        let close = |channels: Range<usize>, values: &[Each<f64>; S]| {
+            // SAFETY: each channel is closed once.
+            unsafe { reduction.close(channels, values) };
+        };
         match self.geometry {
-            Geometry::Planar(planar) => self.reduce_planar(planar, reduction, wide, |c, values| {
-                // SAFETY: each channel is closed once.
-                unsafe { reduction.close(c, values) };
-            }),
-            Geometry::Rows(rows) => self.reduce_rows(rows, reduction, wide, narrow, |c, values| {
-                // SAFETY: each channel is closed once.
-                unsafe { reduction.close(c, values) };
-            }),
+            Geometry::Planar(planar) => self.reduce_planar(planar, reduction, wide, close),
+            Geometry::Rows(rows) => self.reduce_rows(rows, reduction, wide, narrow, close),
         }
     }
 
@@ -235,7 +239,7 @@ impl Context {
     pub(crate) unsafe fn apply<E, A, const K: usize>(
         self,
         application: &A,
-        given: impl Fn(usize) -> A::Given,
+        given: impl Fn(Range<usize>) -> A::Given,
         scratch: &mut Scratch<E::Param>,
     ) where
         E: Element,
@@ -245,16 +249,18 @@ impl Context {
         match self.geometry {
             Geometry::Planar(planar) => {
                 let coefficients: &mut [[E::Param; K]] = narrow.as_chunks_mut().0;
-                for (c, coefficients) in coefficients.iter_mut().enumerate() {
-                    *coefficients = application.coefficients(c, given(c));
+                for channels in batches(0..planar.channels) {
+                    let values = application.coefficients(channels.clone(), &given(channels.clone()));
+                    transpose(&values, &mut coefficients[channels]);
                 }
                 self.apply_planar(planar, application, coefficients, Order::Forwards);
             }
             Geometry::Rows(rows) => {
                 let (out, lead) = (Disjoint::new(narrow), application.target().lead());
-                for c in 0..rows.channels {
+                for channels in batches(0..rows.channels) {
+                    let values = application.coefficients(channels.clone(), &given(channels.clone()));
                     // SAFETY: no other thread knows the scratch yet.
-                    unsafe { set_columns(rows, out, lead, c, application.coefficients(c, given(c))) }
+                    unsafe { set_columns(rows, out, lead, channels, &values) }
                 }
                 self.apply_rows(rows, application, narrow, Order::Forwards);
             }
@@ -270,7 +276,7 @@ impl Context {
         planar: Planar,
         reduction: &R,
         wide: &mut [f64],
-        close: impl Fn(usize, [f64; S]) + Sync,
+        close: impl Fn(Range<usize>, &[Each<f64>; S]) + Sync,
     ) {
         if self.by_channel(planar) {
             return for_each_piece(self.workers, planar.channels, |_, channels| {
@@ -287,12 +293,15 @@ impl Context {
             let out = unsafe { out.slice(blocks.clone()) };
             dispatch(self.tier, PlanarBlocks { planar, blocks, reduction, out, element: PhantomData::<E> });
         });
-        for (c, blocks) in values.chunks_exact(planar.blocks()).enumerate() {
-            let mut total = Merged::<E, R, S>::new();
-            for (b, &block) in blocks.iter().enumerate() {
-                total.add(block, planar.block(c, b).size());
+        for channels in batches(0..planar.channels) {
+            let mut totals = Merged::new();
+            for b in 0..planar.blocks() {
+                let weights = totals.weights(planar.block(0, b).size());
+                for (i, c) in channels.clone().enumerate() {
+                    totals.add::<E, R>(i, weights, values[c * planar.blocks() + b]);
+                }
             }
-            close(c, total.values);
+            close(channels, &totals.values);
         }
     }
 
@@ -319,7 +328,7 @@ impl Context {
         reduction: &R,
         wide: &mut [f64],
         work: &mut [E::Param],
-        close: impl Fn(usize, [f64; S]) + Sync,
+        close: impl Fn(Range<usize>, &[Each<f64>; S]) + Sync,
     ) {
         let tiles = rows.tiles(self.workers);
         let (values, wide) = wide.split_at_mut(rows.blocks() * S * rows.channels);
@@ -381,51 +390,72 @@ impl Stretches {
     }
 }
 
-/// Writes the coefficients of a channel to its columns.
+/// Ranges of up to [`BATCH`] channels.
+fn batches(channels: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    channels.clone().step_by(BATCH).map(move |from| from..(from + BATCH).min(channels.end))
+}
+
+/// Values of each channel from the channels of each value.
+fn transpose<T: Copy, const K: usize>(from: &[Each<T>; K], to: &mut [[T; K]]) {
+    for (i, to) in to.iter_mut().enumerate() {
+        *to = from.each_ref().map(|from| from[i]);
+    }
+}
+
+/// Writes the coefficients of channels to their columns.
 ///
 /// # Safety
-/// No other access to the columns of the channel happens at the same time.
-#[inline(always)]
-unsafe fn set_columns<R: Copy, const K: usize>(
+/// No other access to the columns of the channels happens at the same time.
+unsafe fn set_columns<P: Copy, const K: usize>(
     rows: Rows,
-    out: Disjoint<'_, R>,
+    out: Disjoint<'_, P>,
     lead: usize,
-    channel: usize,
-    values: [R; K],
+    channels: Range<usize>,
+    values: &[Each<P>; K],
 ) {
-    for (k, value) in values.into_iter().enumerate() {
+    for (k, values) in values.iter().enumerate() {
+        let put = |column: usize, values: &[P]| {
+            let at = k * rows.padded() + lead + column;
+            // SAFETY: columns of the channels.
+            unsafe { out.slice(at..at + values.len()) }.copy_from_slice(values);
+        };
         for joined in 0..rows.joined() {
-            let column = joined * rows.channels + channel;
-            // SAFETY: columns of the channel.
-            unsafe {
-                out.set(k * rows.padded() + lead + column, value);
-                // The first columns stand once more after the last.
-                if column < MAX_LANES {
-                    out.set(k * rows.padded() + lead + rows.period() + column, value);
-                }
+            let column = joined * rows.channels + channels.start;
+            put(column, &values[..channels.len()]);
+            // The first columns stand once more after the last.
+            if column < MAX_LANES {
+                put(rows.period() + column, &values[..channels.len().min(MAX_LANES - column)]);
             }
         }
     }
 }
 
-/// Blocks of one channel merged so far.
-struct Merged<E, R, const S: usize> {
-    values: [f64; S],
+/// Blocks of up to [`BATCH`] channels merged so far, as many of each channel.
+struct Merged<const S: usize> {
+    values: [Each<f64>; S],
     count: u64,
-    reduction: PhantomData<(E, R)>,
 }
 
-impl<E: Element, R: Reduction<E, S>, const S: usize> Merged<E, R, S> {
+impl<const S: usize> Merged<S> {
     fn new() -> Self {
-        Self { values: [0.0; S], count: 0, reduction: PhantomData }
+        Self { values: [[0.0; BATCH]; S], count: 0 }
     }
 
+    /// The weights that blocks of `size` elements, one of each channel, are merged with; none for the first ones.
     #[inline(always)]
-    fn add(&mut self, block: [f64; S], size: usize) {
-        let size = size as u64;
-        self.values =
-            if self.count == 0 { block } else { R::merge(MergeWeights::new(self.count, size), self.values, block) };
+    fn weights(&mut self, size: usize) -> Option<MergeWeights> {
+        let (before, size) = (self.count, size as u64);
         self.count += size;
+        (before > 0).then(|| MergeWeights::new(before, size))
+    }
+
+    /// Merges a block of channel `i`.
+    #[inline(always)]
+    fn add<E: Element, R: Reduction<E, S>>(&mut self, i: usize, weights: Option<MergeWeights>, block: [f64; S]) {
+        let merged = weights.map_or(block, |weights| R::merge(weights, self.values.map(|value| value[i]), block));
+        for (value, merged) in self.values.iter_mut().zip(merged) {
+            value[i] = merged;
+        }
     }
 }
 
@@ -459,9 +489,9 @@ struct Reader<'a, E, R> {
 }
 
 /// What is known of the channels of a batch: of their blocks while they are read, and in all.
-struct Batch<B, E, R, const S: usize> {
-    blocks: [B; BATCH],
-    totals: [Merged<E, R, S>; BATCH],
+struct Batch<B, const S: usize> {
+    blocks: Each<B>,
+    totals: Merged<S>,
 }
 
 impl<E: Element, R> Reader<'_, E, R> {
@@ -482,12 +512,12 @@ impl<E: Element, R> Reader<'_, E, R> {
     }
 
     #[inline(always)]
-    fn start<I: Isa, const S: usize>(&self, isa: I) -> Batch<R::Block<I>, E, R, S>
+    fn start<I: Isa, const S: usize>(&self, isa: I) -> Batch<R::Block<I>, S>
     where
         R: Reduction<E, S>,
     {
         let block = self.reduction.blank(isa);
-        Batch { blocks: [block; BATCH], totals: core::array::from_fn(|_| Merged::new()) }
+        Batch { blocks: [block; BATCH], totals: Merged::new() }
     }
 
     /// Reduces the channels of `read` to the totals of `batch`, in turns with `other`.
@@ -496,7 +526,7 @@ impl<E: Element, R> Reader<'_, E, R> {
         &self,
         isa: I,
         read: Range<usize>,
-        batch: &mut Batch<R::Block<I>, E, R, S>,
+        batch: &mut Batch<R::Block<I>, S>,
         other: &mut impl Turns,
     ) where
         R: Reduction<E, S>,
@@ -504,8 +534,8 @@ impl<E: Element, R> Reader<'_, E, R> {
         let Self { planar, reduction, .. } = *self;
         let (plane, pitch) = (planar.plane, self.pitch());
         let prefetches = self.images_ahead() > 0;
-        let (blocks, totals) = (&mut batch.blocks[..read.len()], &mut batch.totals[..read.len()]);
-        totals.fill_with(Merged::new);
+        let (blocks, totals) = (&mut batch.blocks[..read.len()], &mut batch.totals);
+        totals.count = 0;
         for b in 0..planar.blocks() {
             let first = planar.block(read.start, b);
             for (i, (c, block)) in read.clone().zip(&mut *blocks).enumerate() {
@@ -529,9 +559,10 @@ impl<E: Element, R> Reader<'_, E, R> {
                     }
                 }
             }
-            for (i, (block, total)) in blocks.iter().zip(&mut *totals).enumerate() {
+            let weights = totals.weights(first.size());
+            for (i, block) in blocks.iter().enumerate() {
                 // SAFETY: the runs come from the grid.
-                total.add(unsafe { reduction.end(isa, block, first.shifted(i * plane)) }, first.size());
+                totals.add::<E, R>(i, weights, unsafe { reduction.end(isa, block, first.shifted(i * plane)) });
             }
         }
     }
@@ -543,7 +574,12 @@ struct Reduce<'a, E, R, F, const S: usize> {
     close: &'a F,
 }
 
-impl<E: Element, R: Reduction<E, S>, F: Fn(usize, [f64; S]), const S: usize> Kernel for Reduce<'_, E, R, F, S> {
+impl<E, R, F, const S: usize> Kernel for Reduce<'_, E, R, F, S>
+where
+    E: Element,
+    R: Reduction<E, S>,
+    F: Fn(Range<usize>, &[Each<f64>; S]),
+{
     type Output = ();
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
@@ -551,9 +587,7 @@ impl<E: Element, R: Reduction<E, S>, F: Fn(usize, [f64; S]), const S: usize> Ker
         let mut read = self.reader.batch_from(self.reader.channels.start);
         while !read.is_empty() {
             self.reader.read(isa, read.clone(), &mut batch, &mut ());
-            for (c, total) in read.clone().zip(&batch.totals) {
-                (self.close)(c, total.values);
-            }
+            (self.close)(read.clone(), &batch.totals.values);
             read = self.reader.batch_from(read.end);
         }
     }
@@ -572,7 +606,7 @@ where
     E: Element,
     R: Reduction<E, S>,
     A: Application<E, K>,
-    F: Fn(usize, [f64; S]) -> [E::Param; K],
+    F: Fn(Range<usize>, &[Each<f64>; S]) -> [Each<E::Param>; K],
 {
     type Output = ();
     #[inline(always)]
@@ -595,9 +629,7 @@ where
             let mut writer = unsafe { map::Images::new(isa, &map, params, places, target, (images, far)) };
             reader.read(isa, read.clone(), &mut batch, &mut writer);
             writer.finish();
-            for (c, (coefficients, total)) in read.clone().zip(coefficients.iter_mut().zip(&batch.totals)) {
-                *coefficients = close(c, total.values);
-            }
+            transpose(&close(read.clone(), &batch.totals.values), &mut coefficients);
             (written, read) = (read.clone(), reader.batch_from(read.end));
         }
         if target.streaming {
@@ -713,7 +745,7 @@ impl<E, R, F, const S: usize> Kernel for RowMerge<'_, E, R, F, S>
 where
     E: Element,
     R: Reduction<E, S>,
-    F: Fn(usize, [f64; S]),
+    F: Fn(Range<usize>, &[Each<f64>; S]),
 {
     type Output = ();
     #[inline(always)]
@@ -740,12 +772,13 @@ where
             }
             count += size;
         }
-        for (i, c) in self.channels.clone().enumerate() {
-            let mut values = [0.0; S];
-            for k in 0..S {
-                values[k] = total[k][i];
+        for channels in batches(self.channels.clone()) {
+            let from = channels.start - self.channels.start;
+            let mut values = [[0.0; BATCH]; S];
+            for (values, total) in values.iter_mut().zip(&total) {
+                values[..channels.len()].copy_from_slice(&total[from..from + channels.len()]);
             }
-            (self.close)(c, values);
+            (self.close)(channels, &values);
         }
     }
 }

@@ -4,8 +4,8 @@ use crate::backward::InputGradientTo;
 use crate::element::Element;
 use crate::error::{Error, Result, check_len};
 use crate::forward::NormalizeTo;
-use crate::grid::{Disjoint, Geometry, InOut, Parallelism, Source};
-use crate::moments::{GradientSums, Moments, Saved, check_eps};
+use crate::grid::{Disjoint, Geometry, InOut, Parallelism, Source, among};
+use crate::moments::{AffineGradientsTo, GradientSums, Keep, Moments, MomentsTo, Saved, SumsTo, check_eps};
 use crate::operation::{Job, Operation, Origin};
 use crate::pass::{BATCH, Context};
 use crate::running::{Momentum, Population, Running, Variance, check_variances};
@@ -302,8 +302,7 @@ impl<E: Element> BatchNorm<E> {
         self.check_batch()?;
         let count = self.shape.count() as u64;
         let normalize = self.normalize_to(io, affine);
-        let record = saved.recorder(count);
-        self.execute(Operation::Train { normalize, record, count, eps: self.eps });
+        self.execute(Operation::Train { normalize, record: saved.recorder(count, self.eps) });
         Ok(())
     }
 
@@ -365,8 +364,9 @@ impl<E: Element> BatchNorm<E> {
         }
         let context = self.context();
         self.pool.with(operation.need(&context), |scratch| {
+            let job = Job { operation, context, scratch };
             // SAFETY: the lengths were checked, and the operation holds the borrows.
-            unsafe { E::execute(Job { operation, context, scratch }) }
+            among(context.workers, || unsafe { E::execute(job) });
         });
     }
 
@@ -442,7 +442,7 @@ impl<E: Element> BatchNorm<E> {
         let x = Source::new(x);
         let input = dx.map(|io| InputGradientTo { x, io, saved, gamma, count, streaming: self.streams(&io) });
         let (dgamma, dbeta) = (dgamma.map(Disjoint::new), dbeta.map(Disjoint::new));
-        self.execute(Operation::Backward { x, dy, saved, input, dgamma, dbeta });
+        self.execute(Operation::Backward { x, dy, saved, input, out: AffineGradientsTo { dgamma, dbeta } });
         Ok(())
     }
 
@@ -455,8 +455,8 @@ impl<E: Element> BatchNorm<E> {
         self.check_tensor("x", x)?;
         self.check_channels("moments", Some(moments))?;
         moments.fill(Moments::default());
-        let out = Disjoint::new(moments);
-        self.execute(Operation::Moments { x: Source::new(x), count: self.shape.count() as u64, out });
+        let out = MomentsTo { count: self.shape.count() as u64, out: Disjoint::new(moments) };
+        self.execute(Operation::Moments { x: Source::new(x), out });
         Ok(())
     }
 
@@ -475,10 +475,15 @@ impl<E: Element> BatchNorm<E> {
         if expected == 0 {
             return Err(Error::EmptyBatch { batch: self.shape.batch(), spatial: self.shape.spatial() });
         }
-        let record = saved.recorder(expected);
-        for (c, moments) in moments.iter().enumerate() {
+        let record = saved.recorder(expected, self.eps);
+        for (batch, moments) in moments.chunks(BATCH).enumerate() {
+            let mut values = [[0.0; BATCH]; 3];
+            for (i, moments) in moments.iter().enumerate() {
+                [values[0][i], values[1][i], values[2][i]] = [moments.mean, moments.residue, moments.m2];
+            }
+            let start = batch * BATCH;
             // SAFETY: each channel once, on one thread.
-            unsafe { record.set(c, moments, self.eps) };
+            unsafe { record.keep(start..start + moments.len(), &values) };
         }
         Ok(())
     }
@@ -523,7 +528,7 @@ impl<E: Element> BatchNorm<E> {
         self.check_channels("sums", Some(sums))?;
         self.check_saved(saved)?;
         sums.fill(GradientSums::default());
-        let out = Disjoint::new(sums);
+        let out = SumsTo(Disjoint::new(sums));
         self.execute(Operation::GradientSums { x: Source::new(x), dy: Source::new(dy), saved, out });
         Ok(())
     }

@@ -13,7 +13,6 @@ use super::map::Map;
 use super::sums::{self, Columns, RowBlock, RunSums, Terms};
 use crate::element::{Element, Real};
 use crate::grid::{Band, Runs};
-use crate::moments::GradientSums;
 use crate::simd::{Compute, Isa, Vector};
 
 /// `dy` and `dy * (x - hi) * inv_std`, `hi` the rounded mean.
@@ -158,17 +157,18 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element>(
 /// A channel's `[hi, inv_std, slope, dy_mean, scale, shift]`: with `scale = gamma * inv_std`,
 /// `dx = ((dy - dy_mean) * scale + shift) + ((x - hi) * inv_std) * slope`. Both means are rounded to the computed
 /// type and what they lack is in `shift`.
+#[inline(always)]
 pub(crate) fn coefficients<R: Real>(
     mean: R,
     residue: R,
     inv_std: R,
     gamma: R,
-    sums: GradientSums,
+    [dy, dy_xhat]: [f64; 2],
     count: f64,
 ) -> [R; 6] {
     let scale = gamma.to_f64() * inv_std.to_f64();
-    let slope = -scale * (sums.dy_xhat / count);
-    let dy_mean = sums.dy / count;
+    let slope = -scale * (dy_xhat / count);
+    let dy_mean = dy / count;
     let rounded = R::from_f64(dy_mean);
     let shift = -(dy_mean - rounded.to_f64()) * scale - residue.to_f64() * inv_std.to_f64() * slope;
     [mean, inv_std, R::from_f64(slope), rounded, R::from_f64_saturating(scale), R::from_f64(shift)]

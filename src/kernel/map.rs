@@ -8,8 +8,13 @@ use core::ops::Range;
 use crate::element::Element;
 use crate::simd::{Compute, Isa, Lanes, MAX_LANES, Storage, Vector};
 
-/// Bytes of the parameters of a row that stay in a first-level cache.
-const CROWDED: usize = 24 << 10;
+/// Bytes of the parameters of a row that stay in a first-level cache beside the tensors.
+const CROWDED: usize = 16 << 10;
+/// The fewest bytes of a row that are worth going to before the next row.
+const STRIP: usize = 4 << 10;
+
+/// Bytes that rows are read ahead of streamed stores.
+const AHEAD: usize = 8 << 10;
 
 /// A value per element, made of `K` parameters of the channel.
 pub(crate) trait Map<I: Isa, const K: usize> {
@@ -376,15 +381,19 @@ unsafe fn rows<I: Isa, M: Map<I, K>, const K: usize, const STREAM: bool>(
         }
         let mut i = head;
         // Rows of whole vectors with more parameters than a first-level cache keeps are written strip by strip.
-        let strip = CROWDED / (K * size_of::<<M::Element as Element>::Param>()) / MAX_LANES * MAX_LANES;
+        let fit = CROWDED / (K * size_of::<<M::Element as Element>::Param>());
+        let strips = period.div_ceil(fit.max(STRIP / size_of::<M::Element>()));
         let rows = (len - i) / period;
-        if period > strip && period.is_multiple_of(lanes) {
+        if strips > 1 && period.is_multiple_of(lanes) {
+            let strip = period.div_ceil(strips).next_multiple_of(MAX_LANES);
             for from in (0..period).step_by(strip) {
                 let first = params;
                 for row in 0..rows {
                     params = first;
                     for c in (from..(from + strip).min(period)).step_by(lanes) {
                         let at = start + i + row * period + c;
+                        // Strips are too short for the CPU to foresee the next.
+                        map.prefetch(isa, at + 2 * period);
                         let value = map.at::<true>(isa, &params.get(isa), at, lanes);
                         target.store::<I, STREAM>(isa, value, at);
                         params.pass(lanes);
@@ -394,6 +403,9 @@ unsafe fn rows<I: Isa, M: Map<I, K>, const K: usize, const STREAM: bool>(
             i += rows * period;
         }
         while i + lanes <= len {
+            if STREAM {
+                map.prefetch(isa, start + i + AHEAD / size_of::<M::Element>());
+            }
             let value = map.at::<true>(isa, &params.get(isa), start + i, lanes);
             target.store::<I, STREAM>(isa, value, start + i);
             params.pass(lanes);

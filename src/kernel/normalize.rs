@@ -10,6 +10,7 @@ use crate::element::{Element, Real};
 use crate::simd::{Compute, Isa, Vector};
 
 /// A channel's `[hi, scale, shift]`.
+#[inline(always)]
 pub(crate) fn coefficients<R: Real>(mean: R, residue: R, inv_std: f64, gamma: R, beta: R) -> [R; 3] {
     let scale = gamma.to_f64() * inv_std;
     [mean, R::from_f64_saturating(scale), R::from_f64(beta.to_f64() - residue.to_f64() * scale)]
