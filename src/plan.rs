@@ -27,7 +27,9 @@ pub enum Stores {
 }
 
 /// Bytes of a tensor from which on memory is what a pass waits for: it is read ahead and stored past the caches.
-const LARGE: usize = 16 << 20;
+const LARGE: usize = 8 << 20;
+/// The same for a pass that reduces nothing: it needs room for its tensors once.
+const LARGE_ALONE: usize = 16 << 20;
 /// Bytes of the channels that a thread reduces before it writes the first of them: small enough for a second-level cache,
 /// large enough for long stretches of memory.
 const BATCH_BYTES: usize = 600 << 10;
@@ -230,12 +232,12 @@ impl<E: Element> BatchNorm<E> {
     }
 
     /// Whether a pass stores past the caches. In place the lines are at hand anyway.
-    fn streams(&self, io: &InOut<'_, E>) -> bool {
+    fn streams(&self, io: &InOut<'_, E>, large: usize) -> bool {
         !io.is_in_place()
             && match self.stores {
                 Stores::Cached => false,
                 Stores::Streaming => true,
-                Stores::Auto => self.shape.len() * size_of::<E>() >= LARGE,
+                Stores::Auto => self.shape.len() * size_of::<E>() >= large,
             }
     }
 
@@ -301,7 +303,7 @@ impl<E: Element> BatchNorm<E> {
         check_len("saved", self.shape.channels(), saved.channels())?;
         self.check_batch()?;
         let count = self.shape.count() as u64;
-        let normalize = self.normalize_to(io, affine);
+        let normalize = self.normalize_to(io, affine, LARGE);
         self.execute(Operation::Train { normalize, record: saved.recorder(count, self.eps) });
         Ok(())
     }
@@ -348,12 +350,12 @@ impl<E: Element> BatchNorm<E> {
         self.check_channels("var", Some(population.var))?;
         check_variances(population.var)?;
         let origin = Origin::Population { population, eps: self.eps };
-        self.execute(Operation::Normalize { normalize: self.normalize_to(io, affine), origin });
+        self.execute(Operation::Normalize { normalize: self.normalize_to(io, affine, LARGE_ALONE), origin });
         Ok(())
     }
 
-    fn normalize_to<'a>(&self, io: InOut<'a, E>, affine: Affine<'a, E::Param>) -> NormalizeTo<'a, E> {
-        NormalizeTo { io, affine, streaming: self.streams(&io) }
+    fn normalize_to<'a>(&self, io: InOut<'a, E>, affine: Affine<'a, E::Param>, large: usize) -> NormalizeTo<'a, E> {
+        NormalizeTo { io, affine, streaming: self.streams(&io, large) }
     }
 
     /// Runs an operation on tensors of the plan's shape, all of whose arguments were checked.
@@ -440,7 +442,7 @@ impl<E: Element> BatchNorm<E> {
             return Err(Error::Shards { expected: count, got: saved.count });
         }
         let x = Source::new(x);
-        let input = dx.map(|io| InputGradientTo { x, io, saved, gamma, count, streaming: self.streams(&io) });
+        let input = dx.map(|io| InputGradientTo { x, io, saved, gamma, count, streaming: self.streams(&io, LARGE) });
         let (dgamma, dbeta) = (dgamma.map(Disjoint::new), dbeta.map(Disjoint::new));
         self.execute(Operation::Backward { x, dy, saved, input, out: AffineGradientsTo { dgamma, dbeta } });
         Ok(())
@@ -513,7 +515,7 @@ impl<E: Element> BatchNorm<E> {
         self.check_affine(affine)?;
         self.check_saved(saved)?;
         let origin = Origin::Batch(saved);
-        self.execute(Operation::Normalize { normalize: self.normalize_to(io, affine), origin });
+        self.execute(Operation::Normalize { normalize: self.normalize_to(io, affine, LARGE_ALONE), origin });
         Ok(())
     }
 
@@ -581,7 +583,7 @@ impl<E: Element> BatchNorm<E> {
         self.check_channels("gamma", gamma)?;
         self.check_channels("sums", Some(sums))?;
         self.check_saved(saved)?;
-        let (x, streaming) = (Source::new(x), self.streams(&io));
+        let (x, streaming) = (Source::new(x), self.streams(&io, LARGE_ALONE));
         let input = InputGradientTo { x, io, saved, gamma, count: saved.count, streaming };
         self.execute(Operation::InputGradient { input, sums });
         Ok(())
