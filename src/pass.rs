@@ -4,7 +4,7 @@
 use core::marker::PhantomData;
 use core::ops::Range;
 
-use crate::element::Element;
+use crate::element::{Element, Real};
 use crate::grid::{Band, Disjoint, Geometry, Planar, Rows, Runs, for_each_piece, pieces};
 use crate::kernel::map::{self, Map, Periodic, Target};
 use crate::kernel::sums::{Columns, RowBlock};
@@ -181,7 +181,7 @@ impl Context {
         let (wide, narrow) = scratch.parts(self.need::<S, K>());
         let close = |channels: Range<usize>, values: &[Each<f64>; S]| {
             // SAFETY: each channel is closed once, by each of the arms below.
-            application.coefficients(channels.clone(), &unsafe { reduction.close(channels, values) })
+            plain(application.coefficients(channels.clone(), &unsafe { reduction.close(channels, values) }))
         };
         match self.geometry {
             Geometry::Planar(planar) if self.fused::<E>(planar) => {
@@ -250,7 +250,7 @@ impl Context {
             Geometry::Planar(planar) => {
                 let coefficients: &mut [[E::Param; K]] = narrow.as_chunks_mut().0;
                 for channels in batches(0..planar.channels) {
-                    let values = application.coefficients(channels.clone(), &given(channels.clone()));
+                    let values = plain(application.coefficients(channels.clone(), &given(channels.clone())));
                     transpose(&values, &mut coefficients[channels]);
                 }
                 self.apply_planar(planar, application, coefficients, Order::Forwards);
@@ -258,7 +258,7 @@ impl Context {
             Geometry::Rows(rows) => {
                 let (out, lead) = (Disjoint::new(narrow), application.target().lead());
                 for channels in batches(0..rows.channels) {
-                    let values = application.coefficients(channels.clone(), &given(channels.clone()));
+                    let values = plain(application.coefficients(channels.clone(), &given(channels.clone())));
                     // SAFETY: no other thread knows the scratch yet.
                     unsafe { set_columns(rows, out, lead, channels, &values) }
                 }
@@ -393,6 +393,11 @@ impl Stretches {
 /// Ranges of up to [`BATCH`] channels.
 fn batches(channels: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     channels.clone().step_by(BATCH).map(move |from| from..(from + BATCH).min(channels.end))
+}
+
+/// The values, with one and the same NaN for all: the caller's may have any payload, see [`Isa::store_bf16`].
+fn plain<P: Real, const K: usize>(values: [Each<P>; K]) -> [Each<P>; K] {
+    values.map(|each| each.map(|value| if value.to_f64().is_nan() { P::from_f64(f64::NAN) } else { value }))
 }
 
 /// Values of each channel from the channels of each value.

@@ -317,3 +317,44 @@ fn an_infinite_mean_gives_what_the_reference_gives() {
         }
     }
 }
+
+/// Rounding to bf16 could carry out of a NaN whose bits are all ones.
+#[cfg(feature = "half")]
+#[test]
+fn every_nan_stays_one_in_bf16() {
+    use half::bf16;
+    let payloads = [0x7f80_0001, 0x7fc0_0000, 0x7fff_8000, 0x7fff_ffff, 0xffff_ffff].map(f32::from_bits);
+    for shape in [Shape::nchw(2, 5, 3, 7), Shape::nhwc(2, 3, 7, 5)].map(Result::unwrap) {
+        let mut x = Data::Normal.fill::<bf16>(shape.len(), 3);
+        let dy = Data::Normal.fill::<bf16>(shape.len(), 4);
+        for tier in tiers() {
+            let bn = plan::<bf16>(shape, tier, Parallelism::Sequential);
+            let (one, mut out) = ([1.0; 5], x.clone());
+            let all_nan = |out: &[bf16], what: &str| assert!(out.iter().all(|v| v.is_nan()), "{what} on {tier}");
+            let population = Population { mean: &one, var: &one };
+            for (gamma, beta) in [(&payloads, &one), (&one, &payloads)] {
+                bn.forward_infer(&x, Affine::new(gamma, beta), population, &mut out).unwrap();
+                all_nan(&out, "y from gamma or beta");
+            }
+            let count = shape.count() as u64;
+            for (mean, inv_std) in [(&payloads, &one), (&one, &payloads)] {
+                let saved = Saved::from_parts(count, mean.to_vec(), inv_std.to_vec(), 1e-5).unwrap();
+                bn.normalize(&x, Affine::none(), &saved, &mut out).unwrap();
+                all_nan(&out, "y from statistics");
+                let gradients = Gradients { dx: Some(&mut out), ..Default::default() };
+                bn.backward(&x, &dy, &saved, None, gradients).unwrap();
+                all_nan(&out, "dx from statistics");
+            }
+        }
+        for (i, bits) in [0x7f81, 0x7fc0, 0x7fff, 0xff81, 0xffff].into_iter().enumerate() {
+            x[i] = bf16::from_bits(bits);
+        }
+        for tier in tiers() {
+            let mut out = dy.clone();
+            let (mean, var) = ([0.0; 5], [1.0; 5]);
+            let bn = plan::<bf16>(shape, tier, Parallelism::Sequential);
+            bn.forward_infer(&x, Affine::none(), Population { mean: &mean, var: &var }, &mut out).unwrap();
+            assert!(out[..5].iter().all(|v| v.is_nan()) && out[5..].iter().all(|v| !v.is_nan()), "{tier}");
+        }
+    }
+}

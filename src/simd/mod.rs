@@ -65,7 +65,8 @@ pub trait Isa: Copy + Send + Sync {
     /// 16 values can be read from `from`; no alignment is asked for.
     #[cfg(feature = "half")]
     unsafe fn load_bf16(self, from: *const u16) -> Self::F32;
-    /// Rounds to bf16, nearest even, and stores the bits.
+    /// Rounds to bf16, nearest even, and stores the bits. A NaN stays one unless the upper 16 of its bits are all ones and
+    /// the rest would round up: what is computed from elements and from parameters whose NaNs are plain is none of those.
     ///
     /// # Safety
     /// 16 values can be written to `to`; no alignment is asked for.

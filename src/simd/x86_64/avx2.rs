@@ -89,7 +89,7 @@ impl Isa for Avx2 {
     }
 }
 
-/// The bits of each lane as bf16, rounded to nearest even, a NaN kept as one; in the low half of each lane.
+/// The bits of each lane as bf16, rounded to nearest even; in the low half of each lane.
 #[cfg(feature = "half")]
 #[inline(always)]
 fn bf16_bits(_: Avx2, v: __m256) -> __m256i {
@@ -98,9 +98,7 @@ fn bf16_bits(_: Avx2, v: __m256) -> __m256i {
         let bits = _mm256_castps_si256(v);
         let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
         let even = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-        let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
-        let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
-        _mm256_srli_epi32::<16>(_mm256_blendv_epi8(even, quiet, is_nan))
+        _mm256_srli_epi32::<16>(even)
     }
 }
 

@@ -88,14 +88,12 @@ impl Isa for Avx512 {
             let even = _mm512_testn_epi32_mask(bits, _mm512_set1_epi32(0x0001_0000));
             let half = _mm512_add_epi32(bits, _mm512_set1_epi32(0x8000));
             let nearest = _mm512_mask_sub_epi32(half, even, half, _mm512_set1_epi32(1));
-            let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value.0, value.0);
-            let rounded = _mm512_mask_or_epi32(nearest, is_nan, bits, _mm512_set1_epi32(0x0040_0000));
             // The upper half of each lane, packed: of the indices of 16-bit words, the odd ones.
             let odd = _mm512_set_epi16(
                 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3,
                 1,
             );
-            _mm256_storeu_si256(to.cast(), _mm512_castsi512_si256(_mm512_permutexvar_epi16(odd, rounded)));
+            _mm256_storeu_si256(to.cast(), _mm512_castsi512_si256(_mm512_permutexvar_epi16(odd, nearest)));
         }
     }
     #[cfg(feature = "half")]
