@@ -31,8 +31,10 @@ pub trait Real:
     /// The nearest value, the largest finite one in place of an overflow: a factor that stays finite
     /// keeps `0 * factor` at zero.
     fn from_f64_saturating(value: f64) -> Self;
-    /// Below this mean of squares, squares may have lost bits to underflow that f64 would keep.
+    /// Below this mean of squares, squares may have lost bits to underflow.
     const TINY_SQUARE: f64;
+    /// A power of two that brings values with such squares to where none loses a bit.
+    const ENLARGED: f64;
 }
 
 impl Element for f32 {
@@ -62,6 +64,8 @@ impl Real for f32 {
     }
     // 2^-100: single squares down to 2^-26 of the mean are still normal numbers.
     const TINY_SQUARE: f64 = 7.888609052210118e-31;
+    // 2^100: the square of the least number, 2^-149, becomes 2^-98.
+    const ENLARGED: f64 = 1.2676506002282294e30;
 }
 
 impl Element for f64 {
@@ -89,8 +93,9 @@ impl Real for f64 {
     fn from_f64_saturating(value: f64) -> f64 {
         value
     }
-    // There is no wider type to fall back on.
+    // Nothing asks for the moments of values below 1e-150.
     const TINY_SQUARE: f64 = 0.0;
+    const ENLARGED: f64 = 1.0;
 }
 
 #[cfg(feature = "half")]

@@ -141,9 +141,10 @@ fn sum_column(rows: Rows, block: usize, channel: usize, term: impl Fn(usize) -> 
     rows.block(block).fold((0.0, 0.0), |sum, row| plus(sum, term(row * rows.channels + channel)))
 }
 
-/// The deviation of a value from a shift, and its square.
-fn deviation<R: Real>(x: R, shift: R) -> Pair<R> {
-    (x - shift, (x - shift) * (x - shift))
+/// The deviation of a value from a shift, scaled, and its square.
+fn deviation<R: Real>(x: R, shift: R, scale: R) -> Pair<R> {
+    let d = (x - shift) * scale;
+    (d, d * d)
 }
 
 /// Whether sums of `n` deviations and squares can be trusted: the shift within 1.4 standard deviations of the mean,
@@ -153,12 +154,28 @@ fn is_sound(n: f64, (s, q): (f64, f64), tiny: f64) -> bool {
     square <= 2.0 * (q - square) && q >= n * tiny && q < f64::INFINITY
 }
 
-/// Mean, residue and m2 from sums around a shift; where they are not sound, from `wide` sums in f64, around the same
-/// shift and then around the mean found.
-fn close_block<R: Real>(n: f64, shift: R, sums: (f64, f64), wide: impl Fn(f64) -> (f64, f64)) -> [f64; 3] {
+/// Mean, residue and m2 from sums around a shift, given a scale of the deviations. Where squares underflowed, they are
+/// taken from enlarged deviations; where they are not sound, from `wide` sums in f64, around the same shift and then
+/// around the mean found.
+fn close_block<R: Real>(
+    n: f64,
+    shift: R,
+    narrow: impl Fn(R) -> (f64, f64),
+    wide: impl Fn(f64) -> (f64, f64),
+) -> [f64; 3] {
+    let scaled = |scale: f64| {
+        let (s, q) = narrow(R::from_f64(scale));
+        ((s, q), (s / scale, q / scale / scale))
+    };
     let mut shift = shift.to_f64();
-    let mut sums = sums;
-    if !is_sound(n, sums, R::TINY_SQUARE) {
+    let (seen, mut sums) = scaled(1.0);
+    let mut sound = is_sound(n, seen, R::TINY_SQUARE);
+    if !sound && sums.1 < n * R::TINY_SQUARE {
+        let (seen, enlarged) = scaled(R::ENLARGED);
+        sound = is_sound(n, seen, 0.0);
+        sums = enlarged;
+    }
+    if !sound {
         sums = wide(shift);
         let mean = shift + sums.0 / n;
         if !is_sound(n, sums, 0.0) && mean.is_finite() {
@@ -193,8 +210,9 @@ fn planar_moments<E: Element>(planar: Planar, x: &[E], channel: usize, block: us
         let mean = wide[0] * (1.0 / (4 * width) as f64);
         shift = if mean.is_finite() { E::Param::from_f64(mean) } else { x[places[0]].to_param() };
     }
-    let sums = sum_runs(runs, |i| deviation(x[i].to_param(), shift));
-    close_block(runs.size() as f64, shift, sums, |shift| sum_runs(runs, |i| deviation(x[i].to_param().to_f64(), shift)))
+    let narrow = |scale| sum_runs(runs, |i| deviation(x[i].to_param(), shift, scale));
+    let wide = |shift| sum_runs(runs, |i| deviation(x[i].to_param().to_f64(), shift, 1.0));
+    close_block(runs.size() as f64, shift, narrow, wide)
 }
 
 fn row_moments<E: Element>(rows: Rows, x: &[E], block: usize) -> Vec<[f64; 3]> {
@@ -206,13 +224,14 @@ fn row_moments<E: Element>(rows: Rows, x: &[E], block: usize) -> Vec<[f64; 3]> {
         if mean.to_f64().is_finite() { mean } else { v[0] }
     };
     let shifts: Vec<_> = (0..rows.channels).map(shift).collect();
-    let sums = sum_rows(rows, block, |i| deviation(x[i].to_param(), shifts[i % rows.channels]));
-    let close = |(c, sums)| {
-        close_block(range.len() as f64, shifts[c], sums, |shift| {
-            sum_column(rows, block, c, |i| deviation(x[i].to_param().to_f64(), shift))
-        })
+    let sums = |scale| sum_rows(rows, block, |i| deviation(x[i].to_param(), shifts[i % rows.channels], scale));
+    let (plain, enlarged) = (sums(E::Param::from_f64(1.0)), sums(E::Param::from_f64(E::Param::ENLARGED)));
+    let close = |c: usize| {
+        let narrow = |scale: E::Param| if scale.to_f64() == 1.0 { plain[c] } else { enlarged[c] };
+        let wide = |shift| sum_column(rows, block, c, |i| deviation(x[i].to_param().to_f64(), shift, 1.0));
+        close_block(range.len() as f64, shifts[c], narrow, wide)
     };
-    sums.into_iter().enumerate().map(close).collect()
+    (0..rows.channels).map(close).collect()
 }
 
 /// The moments of each channel, as [`BatchNorm::moments`](crate::BatchNorm::moments).

@@ -1,8 +1,8 @@
 //! Moments of a block in one pass: sums of `x - shift` and of its square, around a shift taken from the block.
 //!
 //! `mean = shift + s/n` and `m2 = q - s*s/n` (Chan, Golub & LeVeque, "Algorithms for computing the sample
-//! variance", 1983, the shifted form). Where the sums show that the shift was bad or that squares left the range
-//! of f32, the block, still in cache, is summed again in f64.
+//! variance", 1983, the shifted form). The block, still in cache, is summed again where the sums show that squares
+//! underflowed (enlarged by a power of two), overflowed or were taken around a bad shift (in f64).
 
 use core::marker::PhantomData;
 
@@ -17,16 +17,38 @@ pub(crate) const SAMPLES: usize = 4;
 
 /// Rows of a block that its shifts are made of.
 const ROW_SAMPLES: usize = 8;
+/// In place of m2: to be summed again in f64, or first with enlarged deviations.
+const AGAIN: f64 = -1.0;
+const TINY: f64 = -2.0;
 /// Channels of rows that are summed again together: a line of memory, read for one, has them all.
 const TILE: usize = 16;
 
-/// `x - shift` and its square.
-struct Deviations<L, E> {
+/// `(x - shift) * scale` and its square; without a scale if `PLAIN`.
+struct Deviations<L, E: Element, const PLAIN: bool> {
     x: *const E,
+    scale: E::Param,
     load: PhantomData<L>,
 }
 
-impl<I: Isa, E: Element, L: Load<I, Element = E>> Terms<I, 1> for Deviations<L, E> {
+/// `x - shift` and its square.
+fn deviations<E: Element>(x: *const E) -> Deviations<Native<E>, E, true> {
+    Deviations { x, scale: E::Param::from_f64(1.0), load: PhantomData }
+}
+
+/// Both for values whose squares may underflow, enlarged by [`Real::ENLARGED`].
+fn enlarged<E: Element>(x: *const E) -> Deviations<Native<E>, E, false> {
+    Deviations { x, scale: E::Param::from_f64(E::Param::ENLARGED), load: PhantomData }
+}
+
+/// `x - shift` and its square in f64.
+fn widened<E: Element>(x: *const E) -> Deviations<Widened<E>, E, true> {
+    Deviations { x, scale: E::Param::from_f64(1.0), load: PhantomData }
+}
+
+impl<I: Isa, E: Element, L: Load<I, Element = E>, const PLAIN: bool> Terms<I, 1> for Deviations<L, E, PLAIN>
+where
+    <L::Vector as Vector<I>>::Scalar: Real,
+{
     type Vector = L::Vector;
 
     #[inline(always)]
@@ -41,6 +63,7 @@ impl<I: Isa, E: Element, L: Load<I, Element = E>> Terms<I, 1> for Deviations<L, 
         let x =
             unsafe { if FULL { L::load(isa, self.x.add(at)) } else { L::load_first(isa, self.x.add(at), n, *shift) } };
         let d = x.sub(*shift);
+        let d = if PLAIN { d } else { d.mul(L::Vector::splat(isa, Real::from_f64(self.scale.to_f64()))) };
         (d, d.mul(d))
     }
 
@@ -67,6 +90,19 @@ impl Shifted {
         let square = self.s * (self.s / self.n);
         // No branches, so that channels of rows are judged several at a time.
         (square <= 2.0 * (self.q - square)) & (self.q >= self.n * R::TINY_SQUARE) & (self.q < f64::INFINITY)
+    }
+
+    /// Whether bits of the squares were lost to underflow, and to nothing else.
+    #[inline(always)]
+    fn is_tiny<R: Real>(&self) -> bool {
+        self.q < self.n * R::TINY_SQUARE
+    }
+
+    /// The sums of deviations, where these are of enlarged ones, if they can be trusted.
+    #[inline(always)]
+    fn shrunk<R: Real>(&self) -> Option<Self> {
+        let scale = 1.0 / R::ENLARGED;
+        self.is_sound::<f64>().then_some(Shifted { s: self.s * scale, q: self.q * scale * scale, ..*self })
     }
 
     /// The mean found, where another pass in f64 around it would do better.
@@ -141,7 +177,7 @@ pub(crate) unsafe fn begin<I: Isa, E: Element>(isa: I, x: *const E, runs: Runs) 
 #[inline(always)]
 pub(crate) unsafe fn add<I: Isa, E: Element>(isa: I, x: *const E, block: &mut Block<I, E>, band: Band, ahead: usize) {
     // SAFETY: the caller's promise.
-    unsafe { block.add(isa, &Deviations { x, load: PhantomData::<Native<E>> }, band, ahead) }
+    unsafe { block.add(isa, &deviations(x), band, ahead) }
 }
 
 /// `[mean, residue, m2]` of a block whose runs were all added.
@@ -155,6 +191,13 @@ pub(crate) unsafe fn end<I: Isa, E: Element>(isa: I, x: *const E, block: &Block<
     if shifted.is_sound::<E::Param>() {
         return shifted.finish();
     }
+    if shifted.is_tiny::<E::Param>() {
+        // SAFETY: the caller's promise.
+        let (s, q) = unsafe { sums::over_runs(isa, &enlarged(x), block.params, runs) };
+        if let Some(shrunk) = (Shifted { s, q, ..shifted }).shrunk::<E::Param>() {
+            return shrunk.finish();
+        }
+    }
     // SAFETY: the caller's promise.
     unsafe { in_f64(isa, x, shifted, runs) }
 }
@@ -165,7 +208,7 @@ pub(crate) unsafe fn end<I: Isa, E: Element>(isa: I, x: *const E, block: &Block<
 /// The runs lie inside the tensor at `x`.
 #[inline(always)]
 unsafe fn in_f64<I: Isa, E: Element>(isa: I, x: *const E, shifted: Shifted, runs: Runs) -> [f64; 3] {
-    let terms = Deviations { x, load: PhantomData::<Widened<E>> };
+    let terms = widened(x);
     let mut wide = shifted;
     let mut again = Some(shifted.shift);
     // Once around the same shift, and once more around the mean if that was far off.
@@ -208,6 +251,26 @@ unsafe fn shifts_of_rows<I: Isa, E: Element>(isa: I, x: *const E, block: RowBloc
     }
 }
 
+/// The first `n` elements from `x`, up to [`TILE`], in f64, and zeros.
+///
+/// # Safety
+/// `n` elements can be read from `x`.
+#[inline(always)]
+unsafe fn tile_of<I: Isa, E: Element>(isa: I, x: *const E, n: usize) -> [f64; TILE] {
+    let lanes = Compute::<I, E>::LANES;
+    let zero = Compute::<I, E>::splat(isa, Default::default());
+    let mut tile = [E::Param::default(); TILE];
+    for from in (0..n).step_by(lanes) {
+        // SAFETY: the caller's promise; a vector lies inside the tile, whose length is a multiple of one.
+        unsafe {
+            let at = x.add(from);
+            let vector = if from + lanes <= n { E::load(isa, at) } else { E::load_first(isa, at, n - from, zero) };
+            vector.store(tile.as_mut_ptr().add(from));
+        }
+    }
+    tile.map(Real::to_f64)
+}
+
 /// `[mean, residue, m2]` of each channel of a block of rows, for the channels of `block.columns`; value `k` of
 /// channel `first + i` goes to `out[k][i]`.
 ///
@@ -238,40 +301,53 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element>(
     for c in channels..block.period {
         columns.params[c] = columns.params[c - channels];
     }
-    let terms = Deviations { x, load: PhantomData::<Native<E>> };
     // SAFETY: the caller's promise.
-    unsafe { sums::over_rows(isa, &terms, block, columns) };
+    unsafe { sums::over_rows(isa, &deviations(x), block, columns) };
     let [mean, residue, m2] = out.map(|out| &mut out[..width]);
-    let (shifts, s, q) = (&columns.params[..width], &columns.wide[0][..width], &columns.wide[1][..width]);
-    let shifted = |c: usize| Shifted { shift: shifts[c].to_f64(), n, s: s[c], q: q[c] };
-    let mut sound = true;
+    let shifted = |columns: &Columns<'_, E::Param>, c: usize| {
+        let [s, q] = columns.wide.each_ref().map(|wide| wide[c]);
+        Shifted { shift: columns.params[c].to_f64(), n, s, q }
+    };
+    let (mut sound, mut tiny) = (true, false);
     for c in 0..width {
-        let shifted = shifted(c);
-        sound &= shifted.is_sound::<E::Param>();
+        let shifted = shifted(columns, c);
+        let (is_sound, is_tiny) = (shifted.is_sound::<E::Param>(), shifted.is_tiny::<E::Param>());
+        (sound, tiny) = (sound & is_sound, tiny | is_tiny);
         [mean[c], residue[c], m2[c]] = shifted.finish();
+        m2[c] = if is_sound { m2[c] } else { [AGAIN, TINY][usize::from(is_tiny)] };
     }
     if sound {
         return;
     }
+    if tiny {
+        // SAFETY: the caller's promise.
+        unsafe { sums::over_rows(isa, &enlarged(x), block, columns) };
+        for c in 0..width {
+            if m2[c] == TINY {
+                m2[c] = AGAIN;
+                if let Some(shrunk) = shifted(columns, c).shrunk::<E::Param>() {
+                    [mean[c], residue[c], m2[c]] = shrunk.finish();
+                }
+            }
+        }
+    }
     for from in (0..width).step_by(TILE) {
         let tile = from..(from + TILE).min(width);
         // The results of the others stay.
-        let mut again: [_; TILE] = core::array::from_fn(|i| {
-            let shifted = (from + i < width).then(|| shifted(from + i))?;
-            (!shifted.is_sound::<E::Param>()).then_some(shifted)
+        let mut again: [Option<f64>; TILE] = core::array::from_fn(|i| {
+            let c = from + i;
+            (c < width && m2[c] == AGAIN).then(|| columns.params[c].to_f64())
         });
         // Once around the same shift, and once more around the mean if that was far off.
         for _ in 0..2 {
             if again.iter().all(Option::is_none) {
                 break;
             }
-            let shift = again.map(|shifted| shifted.map_or(0.0, |shifted| shifted.shift));
+            let shift = again.map(|shift| shift.unwrap_or(0.0));
             let (mut s, mut q) = ([0.0; TILE], [0.0; TILE]);
             for r in 0..rows {
-                let mut x = [0.0; TILE];
-                for c in tile.clone() {
-                    x[c - from] = value(r, first + c).to_f64();
-                }
+                // SAFETY: up to a tile of a row of the block.
+                let x = unsafe { tile_of::<I, E>(isa, x.add(block.start + r * channels + first + from), tile.len()) };
                 for i in 0..TILE {
                     let d = x[i] - shift[i];
                     s[i] += d;
@@ -283,7 +359,7 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element>(
                 if again[i].is_some() {
                     let wide = Shifted { shift: shift[i], n, s: s[i], q: q[i] };
                     [mean[c], residue[c], m2[c]] = wide.finish();
-                    again[i] = wide.better_shift().map(|shift| Shifted { shift, ..wide });
+                    again[i] = wide.better_shift();
                 }
             }
         }
