@@ -111,3 +111,25 @@ impl<E: Element> Application<E, 6> for InputGradientTo<'_, E> {
         Target { to: self.io.to.as_ptr(), streaming: self.streaming }
     }
 }
+
+/// `dx` where the statistics are constants.
+pub(crate) struct FrozenGradientTo<'a, E: Element>(pub(crate) InputGradientTo<'a, E>);
+
+impl<E: Element> Application<E, 1> for FrozenGradientTo<'_, E> {
+    type Given = [Each<f64>; 2];
+
+    fn coefficients(&self, channels: Range<usize>, _: &Self::Given) -> [Each<E::Param>; 1] {
+        let gamma = each(self.0.gamma, channels.clone(), E::Param::from_f64(1.0));
+        let inv_std = self.0.saved.statistics(channels).inv_std;
+        [core::array::from_fn(|i| E::Param::from_f64_saturating(gamma[i].to_f64() * inv_std[i]))]
+    }
+
+    #[inline(always)]
+    fn map<I: Isa>(&self) -> impl Map<I, 1, Element = E> {
+        gradient::Scaled::new(self.0.io.from.as_ptr())
+    }
+
+    fn target(&self) -> Target<E> {
+        self.0.target()
+    }
+}

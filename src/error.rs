@@ -87,6 +87,17 @@ pub enum Error {
         /// Values per channel of the statistics.
         got: u64,
     },
+    /// Groups that do not divide the channels of a layer.
+    #[error("{groups} groups do not divide {channels} channels")]
+    Groups {
+        /// The channels at fault.
+        channels: usize,
+        /// The groups that were given.
+        groups: usize,
+    },
+    /// Batch Normalization before a transposed convolution.
+    #[error("a transposed convolution cannot take in what precedes it: its outputs see different numbers of inputs")]
+    NotFoldable,
     /// This CPU, or this build, does not have the tier.
     #[error("the {tier} tier is not available here, expected one of: {}", Tier::list())]
     TierUnavailable {

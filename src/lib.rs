@@ -24,6 +24,10 @@
 //! | normalize with those of the population | [`BatchNorm::forward_infer`] |
 //! | get dx, dgamma, dbeta, or some of them | [`BatchNorm::backward`] |
 //! | keep statistics from batch to batch | [`Running`] |
+//! | train with the population's statistics as constants | [`BatchNorm::freeze`], [`BatchNorm::normalize`], [`BatchNorm::backward`] |
+//! | add up the gradients of micro-batches | [`BatchNorm::with_accumulation`] |
+//! | recompute the population's statistics precisely | [`Running::recompute`] |
+//! | do without the layer at inference | [`BatchNorm::fold_into_preceding`], [`BatchNorm::fold_into_following`], [`BatchNorm::scale_and_shift`] |
 //! | share statistics between shards | [`BatchNorm::moments`], [`Moments::merge`], [`BatchNorm::finish`], [`BatchNorm::normalize`] |
 //! | share gradients between shards | [`BatchNorm::gradient_sums`], [`GradientSums::merge`], [`BatchNorm::input_gradient`] |
 //! | choose the SIMD tier, the threads | [`BatchNorm::with_tier`], [`BatchNorm::with_parallelism`] |
@@ -51,6 +55,7 @@
 mod backward;
 mod element;
 mod error;
+mod fold;
 mod forward;
 mod grid;
 mod kernel;
@@ -66,6 +71,7 @@ mod simd;
 
 pub use element::{Element, Real};
 pub use error::{Error, Result};
+pub use fold::Layer;
 pub use grid::Parallelism;
 pub use moments::{GradientSums, Moments, Saved};
 pub use plan::{Affine, BatchNorm, Gradients, Stores};

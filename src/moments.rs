@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::forward::Statistics;
 use crate::grid::Disjoint;
 use crate::pass::{BATCH, Each};
+use crate::running::Population;
 
 /// Count, mean and sum of squared deviations of the values of one channel.
 ///
@@ -68,6 +69,15 @@ pub(crate) fn inv_std(var: f64, eps: f64) -> f64 {
     if square == 0.0 { 0.0 } else { 1.0 / square.sqrt() }
 }
 
+/// The number of values that all channels have seen; there is at least one channel.
+pub(crate) fn common_count(moments: &[Moments]) -> Result<u64> {
+    let expected = moments[0].count;
+    match moments.iter().position(|moments| moments.count != expected) {
+        Some(channel) => Err(Error::Count { channel, expected, got: moments[channel].count }),
+        None => Ok(expected),
+    }
+}
+
 /// The factors of a merge that depend on the counts alone; many channels share them.
 #[derive(Clone, Copy)]
 pub(crate) struct MergeWeights {
@@ -123,10 +133,13 @@ impl GradientSums {
 /// the mean, the biased variance and `inv_std = 1 / sqrt(var + eps)` of the batch.
 ///
 /// Made empty by [`Saved::new`] or [`BatchNorm::saved`](crate::BatchNorm::saved), filled by
-/// [`forward_train`](crate::BatchNorm::forward_train) or [`finish`](crate::BatchNorm::finish), and reused.
+/// [`forward_train`](crate::BatchNorm::forward_train) or [`finish`](crate::BatchNorm::finish), and reused. It may hold the
+/// statistics of the population instead, as constants, see [`BatchNorm::freeze`](crate::BatchNorm::freeze).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Saved<P> {
     pub(crate) count: u64,
+    /// Whether these are constants rather than the statistics of a batch.
+    pub(crate) frozen: bool,
     pub(crate) mean: Vec<P>,
     pub(crate) residue: Vec<P>,
     pub(crate) var: Vec<P>,
@@ -137,7 +150,7 @@ impl<P: Real> Saved<P> {
     /// Room for `channels` channels, with no statistics yet.
     pub fn new(channels: usize) -> Self {
         let zeros = || vec![P::default(); channels];
-        Self { count: 0, mean: zeros(), residue: zeros(), var: zeros(), inv_std: zeros() }
+        Self { count: 0, frozen: false, mean: zeros(), residue: zeros(), var: zeros(), inv_std: zeros() }
     }
 
     /// Statistics that were kept elsewhere, of `count` values per channel: for a framework that stores
@@ -162,7 +175,7 @@ impl<P: Real> Saved<P> {
             // An inv_std of 0 stands for a variance of 0; a NaN stays one.
             P::from_f64(if i == 0.0 || var < 0.0 { 0.0 } else { var })
         });
-        Ok(Self { count, var: var.collect(), residue: vec![P::default(); mean.len()], mean, inv_std })
+        Ok(Self { count, frozen: false, var: var.collect(), residue: vec![P::default(); mean.len()], mean, inv_std })
     }
 
     /// The number of channels.
@@ -170,9 +183,14 @@ impl<P: Real> Saved<P> {
         self.mean.len()
     }
 
-    /// The number of values per channel; 0 before the first batch.
+    /// The number of values per channel; 0 before the first batch, and for statistics that are constants.
     pub fn count(&self) -> u64 {
         self.count
+    }
+
+    /// Whether these are the statistics of the population, taken as constants.
+    pub fn is_frozen(&self) -> bool {
+        self.frozen
     }
 
     /// The mean of each channel.
@@ -199,7 +217,7 @@ impl<P: Real> Saved<P> {
 
     /// Takes the statistics of a batch of `count` values, from several threads.
     pub(crate) fn recorder(&mut self, count: u64, eps: f64) -> Recorder<'_, P> {
-        self.count = count;
+        (self.count, self.frozen) = (count, false);
         let Self { mean, residue, var, inv_std, .. } = self;
         Recorder { fields: [mean, residue, var, inv_std].map(|field| Disjoint::new(field)), count: count as f64, eps }
     }
@@ -279,8 +297,9 @@ impl Keep<2> for SumsTo<'_> {
     }
 }
 
-/// Keeps the gradients of gamma and beta that are wanted.
+/// Keeps the gradients of gamma and beta that are wanted, or adds them to what is there.
 pub(crate) struct AffineGradientsTo<'a, P> {
+    pub(crate) accumulates: bool,
     pub(crate) dgamma: Option<Disjoint<'a, P>>,
     pub(crate) dbeta: Option<Disjoint<'a, P>>,
 }
@@ -293,8 +312,21 @@ impl<P: Real> Keep<2> for AffineGradientsTo<'_, P> {
             let Some(out) = out else { continue };
             // SAFETY: the caller's promise.
             for (out, &sum) in unsafe { out.slice(channels.clone()) }.iter_mut().zip(sums) {
-                *out = P::from_f64(sum);
+                *out = P::from_f64(if self.accumulates { out.to_f64() + sum } else { sum });
             }
+        }
+    }
+}
+
+impl<P: Real> Saved<P> {
+    /// Takes the statistics of the population as constants.
+    pub(crate) fn freeze(&mut self, Population { mean, var }: Population<'_, P>, eps: f64) {
+        (self.count, self.frozen) = (0, true);
+        self.mean.copy_from_slice(mean);
+        self.residue.fill(P::default());
+        self.var.copy_from_slice(var);
+        for (to, var) in self.inv_std.iter_mut().zip(var) {
+            *to = P::from_f64_saturating(inv_std(var.to_f64(), eps));
         }
     }
 }

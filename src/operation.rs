@@ -5,12 +5,12 @@
 
 use core::ops::Range;
 
-use crate::backward::{GradientSumsOf, InputGradientTo};
+use crate::backward::{FrozenGradientTo, GradientSumsOf, InputGradientTo};
 use crate::element::{Element, Real};
 use crate::forward::{MomentsOf, NormalizeTo, Statistics, each};
 use crate::grid::Source;
 use crate::moments::{AffineGradientsTo, GradientSums, MomentsTo, Recorder, Saved, SumsTo, inv_std};
-use crate::pass::{BATCH, Context};
+use crate::pass::{BATCH, Context, Each};
 use crate::running::Population;
 use crate::scratch::{Need, Scratch};
 
@@ -32,6 +32,9 @@ impl<P: Real> Origin<'_, P> {
         }
     }
 }
+
+/// Gradient sums of up to [`BATCH`] channels where none are asked for.
+const NO_SUMS: [Each<f64>; 2] = [[0.0; BATCH]; 2];
 
 /// What a plan can do, with its arguments.
 pub(crate) enum Operation<'a, E: Element> {
@@ -94,11 +97,14 @@ impl<E: Element> Operation<'_, E> {
             // SAFETY: see above.
             Self::Moments { x, out } => unsafe { context.reduce(&MomentsOf { x, out }, scratch) },
             Self::Backward { x, dy, saved, input, out } => {
+                let wanted = out.dgamma.is_some() || out.dbeta.is_some();
                 let reduction = GradientSumsOf { x, dy, saved, out };
                 // SAFETY: see above.
                 unsafe {
                     match input {
-                        Some(input) => context.run(&reduction, &input, scratch),
+                        Some(input) if !saved.frozen => context.run(&reduction, &input, scratch),
+                        Some(input) if wanted => context.run(&reduction, &FrozenGradientTo(input), scratch),
+                        Some(input) => context.apply(&FrozenGradientTo(input), |_| NO_SUMS, scratch),
                         None => context.reduce(&reduction, scratch),
                     }
                 }
@@ -108,8 +114,12 @@ impl<E: Element> Operation<'_, E> {
                 unsafe { context.reduce(&GradientSumsOf { x, dy, saved, out }, scratch) }
             }
             Self::InputGradient { input, sums } => {
+                if input.saved.frozen {
+                    // SAFETY: see above.
+                    return unsafe { context.apply(&FrozenGradientTo(input), |_| NO_SUMS, scratch) };
+                }
                 let given = |channels: Range<usize>| {
-                    let mut given = [[0.0; BATCH]; 2];
+                    let mut given = NO_SUMS;
                     for (i, sums) in sums[channels].iter().enumerate() {
                         [given[0][i], given[1][i]] = [sums.dy, sums.dy_xhat];
                     }

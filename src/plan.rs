@@ -1,11 +1,13 @@
 //! The plan: a shape and options, checked once, and every operation on slices of that shape.
 
 use crate::backward::InputGradientTo;
-use crate::element::Element;
+use crate::element::{Element, Real};
 use crate::error::{Error, Result, check_len};
 use crate::forward::NormalizeTo;
 use crate::grid::{Disjoint, Geometry, InOut, Parallelism, Source, among};
-use crate::moments::{AffineGradientsTo, GradientSums, Keep, Moments, MomentsTo, Saved, SumsTo, check_eps};
+use crate::moments::{
+    AffineGradientsTo, GradientSums, Keep, Moments, MomentsTo, Saved, SumsTo, check_eps, common_count, inv_std,
+};
 use crate::operation::{Job, Operation, Origin};
 use crate::pass::{BATCH, Context};
 use crate::running::{Momentum, Population, Running, Variance, check_variances};
@@ -110,6 +112,7 @@ pub struct BatchNorm<E: Element> {
     tier: Dispatched,
     parallelism: Parallelism,
     stores: Stores,
+    accumulates: bool,
     pool: Pool<E::Param>,
 }
 
@@ -133,6 +136,7 @@ impl<E: Element> BatchNorm<E> {
             tier: Dispatched::new(Tier::best())?,
             parallelism: Parallelism::Auto,
             stores: Stores::Auto,
+            accumulates: false,
             pool: Pool::new(),
         })
     }
@@ -164,6 +168,13 @@ impl<E: Element> BatchNorm<E> {
     #[must_use]
     pub fn with_stores(self, stores: Stores) -> Self {
         Self { stores, ..self }
+    }
+
+    /// Whether [`BatchNorm::backward`] adds to dgamma and dbeta rather than overwriting them, so that the micro-batches of
+    /// one step share them. dx is overwritten either way.
+    #[must_use]
+    pub fn with_accumulation(self, accumulates: bool) -> Self {
+        Self { accumulates, ..self }
     }
 
     /// The same options for another shape, such as the last, smaller batch.
@@ -249,9 +260,15 @@ impl<E: Element> BatchNorm<E> {
         got.map_or(Ok(()), |got| check_len(what, self.shape.channels(), got.len()))
     }
 
-    fn check_affine(&self, affine: Affine<'_, E::Param>) -> Result<()> {
+    pub(crate) fn check_affine(&self, affine: Affine<'_, E::Param>) -> Result<()> {
         self.check_channels("gamma", affine.gamma)?;
         self.check_channels("beta", affine.beta)
+    }
+
+    pub(crate) fn check_population(&self, population: Population<'_, E::Param>) -> Result<()> {
+        self.check_channels("mean", Some(population.mean))?;
+        self.check_channels("var", Some(population.var))?;
+        check_variances(population.var)
     }
 
     fn check_batch(&self) -> Result<()> {
@@ -263,7 +280,7 @@ impl<E: Element> BatchNorm<E> {
 
     fn check_saved(&self, saved: &Saved<E::Param>) -> Result<()> {
         check_len("saved", self.shape.channels(), saved.channels())?;
-        if saved.count == 0 { Err(Error::MissingStatistics) } else { Ok(()) }
+        if saved.count == 0 && !saved.frozen { Err(Error::MissingStatistics) } else { Ok(()) }
     }
 
     /// Training forward pass: `y = gamma * (x - mean) * inv_std + beta` with the mean and the biased variance of the
@@ -346,9 +363,7 @@ impl<E: Element> BatchNorm<E> {
         population: Population<'_, E::Param>,
     ) -> Result<()> {
         self.check_affine(affine)?;
-        self.check_channels("mean", Some(population.mean))?;
-        self.check_channels("var", Some(population.var))?;
-        check_variances(population.var)?;
+        self.check_population(population)?;
         let origin = Origin::Population { population, eps: self.eps };
         self.execute(Operation::Normalize { normalize: self.normalize_to(io, affine, LARGE_ALONE), origin });
         Ok(())
@@ -438,14 +453,85 @@ impl<E: Element> BatchNorm<E> {
         self.check_batch()?;
         self.check_saved(saved)?;
         let count = self.shape.count() as u64;
-        if saved.count != count {
+        if saved.count != count && !saved.frozen {
             return Err(Error::Shards { expected: count, got: saved.count });
         }
         let x = Source::new(x);
         let input = dx.map(|io| InputGradientTo { x, io, saved, gamma, count, streaming: self.streams(&io, LARGE) });
         let (dgamma, dbeta) = (dgamma.map(Disjoint::new), dbeta.map(Disjoint::new));
-        self.execute(Operation::Backward { x, dy, saved, input, out: AffineGradientsTo { dgamma, dbeta } });
+        let out = AffineGradientsTo { accumulates: self.accumulates, dgamma, dbeta };
+        self.execute(Operation::Backward { x, dy, saved, input, out });
         Ok(())
+    }
+
+    /// Takes the statistics of the population as constants, to train with them frozen: `saved` then serves
+    /// [`BatchNorm::normalize`], and backward passes give the gradients with mean and variance held constant,
+    ///
+    /// ```text
+    /// dbeta = sum(dy)      dgamma = sum(dy * xhat)      dx = gamma * inv_std * dy
+    /// ```
+    ///
+    /// as fine-tuning with frozen Batch Normalization does. inv_std is rounded to the parameters' type here, which
+    /// [`BatchNorm::forward_infer`] does not do; the last bit of `y` may differ between the two.
+    ///
+    /// ```
+    /// # use batchnorm::{Affine, BatchNorm, Gradients, Population, Shape};
+    /// # let (x, dy, mut y, mut dx) = ([1f32; 8], [1f32; 8], [0f32; 8], [0f32; 8]);
+    /// let bn = BatchNorm::<f32>::new(Shape::nc(4, 2)?)?.with_eps(0.0)?;
+    /// let mut saved = bn.saved();
+    /// bn.freeze(Population { mean: &[0.0, 1.0], var: &[4.0, 4.0] }, &mut saved)?;
+    /// bn.normalize(&x, Affine::none(), &saved, &mut y)?;
+    /// bn.backward(&x, &dy, &saved, None, Gradients { dx: Some(&mut dx), ..Default::default() })?;
+    /// assert_eq!(dx, [0.5; 8]);
+    /// # Ok::<(), batchnorm::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Length`] for mean, var or `saved`; [`Error::Variance`].
+    pub fn freeze(&self, population: Population<'_, E::Param>, saved: &mut Saved<E::Param>) -> Result<()> {
+        self.check_population(population)?;
+        check_len("saved", self.shape.channels(), saved.channels())?;
+        saved.freeze(population, self.eps);
+        Ok(())
+    }
+
+    /// Inference as plain vectors, `y = x * scale + shift` with `scale = gamma / sqrt(var + eps)` and
+    /// `shift = beta - mean * scale`, for engines that take nothing else. Computed in f64 and rounded once.
+    ///
+    /// Where `|mean|` is many standard deviations, `x * scale` and `shift` are large and cancel: in f32 the result is off by
+    /// about `6e-8 * |mean| / std`, where [`BatchNorm::forward_infer`] subtracts the mean first and loses nothing.
+    ///
+    /// # Errors
+    /// [`Error::Length`] for any slice; [`Error::Variance`].
+    pub fn scale_and_shift(
+        &self,
+        affine: Affine<'_, E::Param>,
+        population: Population<'_, E::Param>,
+        scale: &mut [E::Param],
+        shift: &mut [E::Param],
+    ) -> Result<()> {
+        self.check_affine(affine)?;
+        self.check_population(population)?;
+        self.check_channels("scale", Some(scale))?;
+        self.check_channels("shift", Some(shift))?;
+        for c in 0..self.shape.channels() {
+            let (a, b) = self.line(affine, population, c);
+            (scale[c], shift[c]) = (Real::from_f64_saturating(a), Real::from_f64(b));
+        }
+        Ok(())
+    }
+
+    /// Scale and shift of a channel at inference.
+    pub(crate) fn line(
+        &self,
+        affine: Affine<'_, E::Param>,
+        population: Population<'_, E::Param>,
+        c: usize,
+    ) -> (f64, f64) {
+        let gamma = affine.gamma.map_or(1.0, |gamma| gamma[c].to_f64());
+        let beta = affine.beta.map_or(0.0, |beta| beta[c].to_f64());
+        let scale = gamma * inv_std(population.var[c].to_f64(), self.eps);
+        (scale, beta - population.mean[c].to_f64() * scale)
     }
 
     /// The first half of a training forward pass: count, mean and sum of squared deviations of each channel. Shards of
@@ -470,10 +556,7 @@ impl<E: Element> BatchNorm<E> {
     pub fn finish(&self, moments: &[Moments], saved: &mut Saved<E::Param>) -> Result<()> {
         self.check_channels("moments", Some(moments))?;
         check_len("saved", self.shape.channels(), saved.channels())?;
-        let expected = moments[0].count;
-        if let Some(channel) = moments.iter().position(|m| m.count != expected) {
-            return Err(Error::Count { channel, expected, got: moments[channel].count });
-        }
+        let expected = common_count(moments)?;
         if expected == 0 {
             return Err(Error::EmptyBatch { batch: self.shape.batch(), spatial: self.shape.spatial() });
         }

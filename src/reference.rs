@@ -372,6 +372,9 @@ pub fn input_gradient<E: Element>(
         let c = channel_of(shape, i);
         let inv_std = saved.inv_std[c].to_f64();
         let scale = gamma.map_or(1.0, |gamma| gamma[c].to_f64()) * inv_std;
+        if saved.frozen {
+            return E::from_param(dy[i].to_param() * E::Param::from_f64_saturating(scale));
+        }
         let slope = -scale * (sums[c].dy_xhat / count);
         let dy_mean = sums[c].dy / count;
         let rounded = E::Param::from_f64(dy_mean);

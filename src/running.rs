@@ -2,7 +2,7 @@
 
 use crate::element::Real;
 use crate::error::{Error, Result, check_len};
-use crate::moments::Saved;
+use crate::moments::{Moments, Saved, common_count};
 
 /// How much a new batch moves the running statistics. `running = keep * running + take * batch`.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -23,6 +23,18 @@ pub enum Variance {
     Biased,
     /// `m2 / (count - 1)`: the paper (algorithm 2), PyTorch, candle, TensorFlow's fused operation.
     Unbiased,
+}
+
+impl Variance {
+    /// What the biased variance of `count` values is multiplied with.
+    fn correction(self, count: u64) -> Result<f64> {
+        match self {
+            _ if count == 0 => Err(Error::MissingStatistics),
+            Variance::Biased => Ok(1.0),
+            Variance::Unbiased if count == 1 => Err(Error::UnbiasedFromOne { count }),
+            Variance::Unbiased => Ok(count as f64 / (count - 1) as f64),
+        }
+    }
 }
 
 /// Mean and variance of each channel to normalize with at inference: `mean` and `var` of `C` values each.
@@ -92,13 +104,7 @@ impl<P: Real> Running<P> {
     /// [`Error::UnbiasedFromOne`] for the unbiased variance of one value. The statistics are unchanged then.
     pub fn update(&mut self, saved: &Saved<P>) -> Result<()> {
         check_len("saved", self.mean.len(), saved.channels())?;
-        let count = saved.count();
-        let correction = match self.variance {
-            _ if count == 0 => return Err(Error::MissingStatistics),
-            Variance::Biased => 1.0,
-            Variance::Unbiased if count == 1 => return Err(Error::UnbiasedFromOne { count }),
-            Variance::Unbiased => count as f64 / (count - 1) as f64,
-        };
+        let correction = self.variance.correction(saved.count())?;
         self.batches = self.batches.saturating_add(1);
         let (keep, take) = match self.momentum {
             Momentum::WeightOfNew(w) => (1.0 - w, w),
@@ -113,6 +119,40 @@ impl<P: Real> Running<P> {
         for (c, (mean, var)) in self.mean.iter_mut().zip(&mut self.var).enumerate() {
             *mean = P::from_f64(term(keep, mean.to_f64()) + term(take, saved.mean[c].to_f64()));
             *var = P::from_f64(term(keep, var.to_f64()) + term(take, saved.var[c].to_f64() * correction));
+        }
+        Ok(())
+    }
+
+    /// Replaces the running statistics by those of all values behind `moments`: of many batches in evaluation, computed with
+    /// [`BatchNorm::moments`](crate::BatchNorm::moments) and merged channel by channel. Moving averages lag behind the
+    /// weights and weigh the last batches most; these are exact (PreciseBN: Wu & Johnson, "Rethinking 'Batch' in BatchNorm",
+    /// 2021, section 3). The number of batches is left alone.
+    ///
+    /// ```
+    /// # use batchnorm::{BatchNorm, Moments, Momentum, Shape, Variance};
+    /// # let batches = [[1f32, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]];
+    /// let bn = BatchNorm::<f32>::new(Shape::nc(4, 1)?)?;
+    /// let mut running = bn.running(Momentum::WeightOfNew(0.1), Variance::Unbiased)?;
+    /// let (mut total, mut batch) = (vec![Moments::default(); 1], vec![Moments::default(); 1]);
+    /// for x in &batches {
+    ///     bn.moments(x, &mut batch)?;
+    ///     total.iter_mut().zip(&batch).for_each(|(total, batch)| *total = total.merge(*batch));
+    /// }
+    /// running.recompute(&total)?;
+    /// assert_eq!((running.mean(), running.var()), (&[4.5][..], &[6.0][..]));
+    /// # Ok::<(), batchnorm::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Length`] for another number of channels; [`Error::Count`] if channels counted different numbers;
+    /// [`Error::MissingStatistics`] for moments of no values; [`Error::UnbiasedFromOne`]. The statistics are unchanged then.
+    pub fn recompute(&mut self, moments: &[Moments]) -> Result<()> {
+        check_len("moments", self.mean.len(), moments.len())?;
+        let count = common_count(moments)?;
+        let correction = self.variance.correction(count)?;
+        for ((mean, var), moments) in self.mean.iter_mut().zip(&mut self.var).zip(moments) {
+            *mean = P::from_f64(moments.mean);
+            *var = P::from_f64(moments.variance() * correction);
         }
         Ok(())
     }

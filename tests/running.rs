@@ -226,3 +226,30 @@ fn population_feeds_inference() {
         assert!((y - expected).abs() <= 1e-13, "{y}, expected {expected}");
     }
 }
+
+#[test]
+fn recomputed_statistics_are_those_of_all_values() {
+    let batches = [vec![1.0f32, 10.0, 3.0, 30.0], vec![5.0, 50.0, 7.0, 70.0, 9.0, 90.0]];
+    let mut total = vec![Moments::default(); 2];
+    for x in &batches {
+        let bn = BatchNorm::<f32>::new(Shape::nc(x.len() / 2, 2).unwrap()).unwrap();
+        let mut batch = vec![Moments::default(); 2];
+        bn.moments(x, &mut batch).unwrap();
+        total.iter_mut().zip(&batch).for_each(|(total, batch)| *total = total.merge(*batch));
+    }
+    // 1, 3, 5, 7, 9: mean 5, sum of squares 40.
+    for (variance, expected) in [(Variance::Biased, [8.0, 800.0]), (Variance::Unbiased, [10.0, 1000.0])] {
+        let mut running = Running::<f32>::new(2, Momentum::WeightOfNew(0.1), variance).unwrap();
+        running.recompute(&total).unwrap();
+        assert_eq!((running.mean(), running.var()), (&[5.0, 50.0][..], &expected[..]));
+        assert_eq!(running.batches(), 0);
+    }
+    let mut running = Running::<f32>::new(2, Momentum::WeightOfNew(0.1), Variance::Unbiased).unwrap();
+    let before = running.clone();
+    let one = Moments { count: 1, ..total[0] };
+    assert_eq!(running.recompute(&total[1..]), Err(Error::Length { what: "moments", expected: 2, got: 1 }));
+    assert_eq!(running.recompute(&[Moments::default(); 2]), Err(Error::MissingStatistics));
+    assert_eq!(running.recompute(&[one; 2]), Err(Error::UnbiasedFromOne { count: 1 }));
+    assert_eq!(running.recompute(&[total[0], one]), Err(Error::Count { channel: 1, expected: 5, got: 1 }));
+    assert_eq!(running, before);
+}

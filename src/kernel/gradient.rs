@@ -174,6 +174,36 @@ pub(crate) fn coefficients<R: Real>(
     [mean, inv_std, R::from_f64(slope), rounded, R::from_f64_saturating(scale), R::from_f64(shift)]
 }
 
+/// `dx = dy * scale`, where the statistics are constants.
+pub(crate) struct Scaled<'a, E> {
+    dy: *const E,
+    life: PhantomData<&'a [E]>,
+}
+
+impl<E> Scaled<'_, E> {
+    pub(crate) fn new(dy: *const E) -> Self {
+        Self { dy, life: PhantomData }
+    }
+}
+
+impl<I: Isa, E: Element> Map<I, 1> for Scaled<'_, E> {
+    type Element = E;
+
+    #[inline(always)]
+    unsafe fn at<const FULL: bool>(&self, isa: I, [scale]: &[Compute<I, E>; 1], at: usize, n: usize) -> Compute<I, E> {
+        // SAFETY: the caller's promise.
+        let dy = unsafe {
+            if FULL { E::load(isa, self.dy.add(at)) } else { E::load_first(isa, self.dy.add(at), n, *scale) }
+        };
+        dy.mul(*scale)
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, isa: I, at: usize) {
+        isa.prefetch(self.dy.wrapping_add(at).cast());
+    }
+}
+
 /// `dx` from `x` and `dy`.
 pub(crate) struct InputGradient<'a, E> {
     x: *const E,

@@ -1,0 +1,172 @@
+//! Inference without a pass of its own: Batch Normalization folded into the weights of a neighbouring layer.
+//!
+//! With `scale = gamma / sqrt(var + eps)` and `shift = beta - mean * scale` per channel, after a layer `W x + b`
+//!
+//! ```text
+//! W' = scale * W      b' = scale * b + shift        (rows of W, per output channel)
+//! ```
+//!
+//! and before one, where no padding enters between the two,
+//!
+//! ```text
+//! W' = W * scale      b' = b + W * shift            (columns of W, per input channel)
+//! ```
+//!
+//! (Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018,
+//! section 3.2, for the first.)
+
+use core::ops::Range;
+
+use crate::element::{Element, Real};
+use crate::error::{Error, Result, check_len};
+use crate::plan::{Affine, BatchNorm};
+use crate::running::Population;
+
+/// How the weights of a linear layer or a convolution lie, so that Batch Normalization can be folded into them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Layer {
+    inputs: usize,
+    outputs: usize,
+    /// Weights of one pair of channels.
+    taps: usize,
+    groups: usize,
+    transposed: bool,
+}
+
+impl Layer {
+    /// A linear layer: weights `[outputs][inputs]`.
+    pub fn linear(outputs: usize, inputs: usize) -> Self {
+        Self::convolution(outputs, inputs, 1)
+    }
+
+    /// A convolution: weights `[outputs][inputs / groups][taps]`, `taps` the size of the kernel, 9 for 3 x 3.
+    pub fn convolution(outputs: usize, inputs: usize, taps: usize) -> Self {
+        Self { inputs, outputs, taps, groups: 1, transposed: false }
+    }
+
+    /// A transposed convolution: weights `[inputs][outputs / groups][taps]`.
+    pub fn transposed(inputs: usize, outputs: usize, taps: usize) -> Self {
+        Self { transposed: true, ..Self::convolution(outputs, inputs, taps) }
+    }
+
+    /// In groups of channels; as many as there are channels make it depthwise.
+    ///
+    /// # Errors
+    /// [`Error::Groups`] if they do not divide both numbers of channels.
+    pub fn with_groups(self, groups: usize) -> Result<Self> {
+        let divides = |channels: usize| groups > 0 && channels.is_multiple_of(groups);
+        match [self.inputs, self.outputs].into_iter().find(|&channels| !divides(channels)) {
+            Some(channels) => Err(Error::Groups { channels, groups }),
+            None => Ok(Self { groups, ..self }),
+        }
+    }
+
+    /// The number of weights.
+    pub fn weights(&self) -> usize {
+        self.inputs.saturating_mul(self.outputs / self.groups).saturating_mul(self.taps)
+    }
+
+    /// The weights that join an output to an input, in an order of rows, with both numbers.
+    fn joints(self) -> impl Iterator<Item = (usize, usize, Range<usize>)> {
+        let (rows, columns) = if self.transposed { (self.inputs, self.outputs) } else { (self.outputs, self.inputs) };
+        let (of_group, row_group) = (columns / self.groups, rows / self.groups);
+        (0..rows * of_group).map(move |i| {
+            let (row, column) = (i / of_group, i / of_group / row_group * of_group + i % of_group);
+            let (output, input) = if self.transposed { (column, row) } else { (row, column) };
+            (output, input, i * self.taps..(i + 1) * self.taps)
+        })
+    }
+}
+
+impl<E: Element> BatchNorm<E> {
+    /// Folds inference into the layer before it: afterwards the layer alone gives what it gave with Batch Normalization.
+    /// `bias` has a value per output channel, zeros for a layer without. Computed in f64 and rounded once.
+    ///
+    /// ```
+    /// use batchnorm::{Affine, BatchNorm, Layer, Population, Shape};
+    /// let (mut weight, mut bias) = (vec![1f32; 16 * 3 * 9], vec![0f32; 16]);
+    /// # let (gamma, beta, mean, var) = (vec![2f32; 16], vec![0f32; 16], vec![0f32; 16], vec![1f32; 16]);
+    /// let bn = BatchNorm::<f32>::new(Shape::nchw(1, 16, 30, 30)?)?;
+    /// let layer = Layer::convolution(16, 3, 9);
+    /// bn.fold_into_preceding(
+    ///     layer,
+    ///     &mut weight,
+    ///     &mut bias,
+    ///     Affine::new(&gamma, &beta),
+    ///     Population { mean: &mean, var: &var },
+    /// )?;
+    /// # Ok::<(), batchnorm::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Length`] for any slice, and where the layer's outputs are not the plan's channels; [`Error::Variance`].
+    pub fn fold_into_preceding(
+        &self,
+        layer: Layer,
+        weight: &mut [E::Param],
+        bias: &mut [E::Param],
+        affine: Affine<'_, E::Param>,
+        population: Population<'_, E::Param>,
+    ) -> Result<()> {
+        self.check_fold(layer.outputs, layer, weight, bias, affine, population)?;
+        for (output, _, taps) in layer.joints() {
+            let (scale, _) = self.line(affine, population, output);
+            weight[taps].iter_mut().for_each(|w| *w = E::Param::from_f64(w.to_f64() * scale));
+        }
+        for (c, bias) in bias.iter_mut().enumerate() {
+            let (scale, shift) = self.line(affine, population, c);
+            *bias = E::Param::from_f64(bias.to_f64() * scale + shift);
+        }
+        Ok(())
+    }
+
+    /// Folds inference into the linear layer or convolution after it. Exact only if that layer pads nothing: padding
+    /// enters as zero after Batch Normalization, and would have to enter as `-shift / scale` before it.
+    ///
+    /// # Errors
+    /// As [`BatchNorm::fold_into_preceding`], of the layer's inputs; [`Error::NotFoldable`] for a transposed convolution,
+    /// whose outputs see different numbers of inputs.
+    pub fn fold_into_following(
+        &self,
+        layer: Layer,
+        weight: &mut [E::Param],
+        bias: &mut [E::Param],
+        affine: Affine<'_, E::Param>,
+        population: Population<'_, E::Param>,
+    ) -> Result<()> {
+        self.check_fold(layer.inputs, layer, weight, bias, affine, population)?;
+        if layer.transposed {
+            return Err(Error::NotFoldable);
+        }
+        let mut sum = 0.0;
+        for (output, input, taps) in layer.joints() {
+            let (scale, shift) = self.line(affine, population, input);
+            for w in &mut weight[taps] {
+                sum += w.to_f64() * shift;
+                *w = E::Param::from_f64(w.to_f64() * scale);
+            }
+            // The inputs of an output come one after the other.
+            if (input + 1).is_multiple_of(layer.inputs / layer.groups) {
+                bias[output] = E::Param::from_f64(bias[output].to_f64() + sum);
+                sum = 0.0;
+            }
+        }
+        Ok(())
+    }
+
+    fn check_fold(
+        &self,
+        channels: usize,
+        layer: Layer,
+        weight: &[E::Param],
+        bias: &[E::Param],
+        affine: Affine<'_, E::Param>,
+        population: Population<'_, E::Param>,
+    ) -> Result<()> {
+        check_len("channels of the layer", self.shape().channels(), channels)?;
+        check_len("weight", layer.weights(), weight.len())?;
+        check_len("bias", layer.outputs, bias.len())?;
+        self.check_affine(affine)?;
+        self.check_population(population)
+    }
+}
