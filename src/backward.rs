@@ -96,7 +96,10 @@ impl<E: Element> Application<E, 6> for InputGradientTo<'_, E> {
         let mut all = [[E::Param::default(); BATCH]; 6];
         for i in 0..channels.len() {
             let (mean, residue) = (saved.mean[i], saved.residue[i]);
-            let one = gradient::coefficients(mean, residue, inv_std[i], gamma[i], [dy[i], dy_xhat[i]], count);
+            let one = {
+                let gamma = saved.corrected(gamma[i].to_f64(), i);
+                gradient::coefficients(mean, residue, inv_std[i], gamma, [dy[i], dy_xhat[i]], count)
+            };
             [all[0][i], all[1][i], all[2][i], all[3][i], all[4][i], all[5][i]] = one;
         }
         all

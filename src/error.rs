@@ -87,6 +87,14 @@ pub enum Error {
         /// Values per channel of the statistics.
         got: u64,
     },
+    /// Limits of Batch Renormalization that leave no room.
+    #[error("Batch Renormalization needs r_max of at least 1 and d_max of at least 0, got {r_max} and {d_max}")]
+    RenormLimits {
+        /// The limit of r that was given.
+        r_max: f64,
+        /// The limit of d that was given.
+        d_max: f64,
+    },
     /// Groups that do not divide the channels of a layer.
     #[error("{groups} groups do not divide {channels} channels")]
     Groups {

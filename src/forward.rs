@@ -10,6 +10,7 @@ use crate::kernel::{moments, normalize};
 use crate::moments::{Keep, MergeWeights, Saved};
 use crate::pass::{Application, BATCH, Each, Reduction};
 use crate::plan::Affine;
+use crate::renorm::Corrections;
 use crate::simd::Isa;
 
 /// The statistics that channels are normalized with.
@@ -18,6 +19,16 @@ pub(crate) struct Statistics<P> {
     pub(crate) mean: Each<P>,
     pub(crate) residue: Each<P>,
     pub(crate) inv_std: Each<f64>,
+    /// Those of Batch Renormalization, if any.
+    pub(crate) corrections: Option<Corrections>,
+}
+
+impl<P> Statistics<P> {
+    /// What takes the place of gamma: `gamma * r`.
+    #[inline(always)]
+    pub(crate) fn corrected(&self, gamma: f64, i: usize) -> f64 {
+        self.corrections.as_ref().map_or(gamma, |[r, _]| gamma * r[i])
+    }
 }
 
 impl<P: Real> Saved<P> {
@@ -25,8 +36,9 @@ impl<P: Real> Saved<P> {
         let inv_std = each(Some(&self.inv_std), channels.clone(), P::default());
         Statistics {
             mean: each(Some(&self.mean), channels.clone(), P::default()),
-            residue: each(Some(&self.residue), channels, P::default()),
+            residue: each(Some(&self.residue), channels.clone(), P::default()),
             inv_std: inv_std.map(Real::to_f64),
+            corrections: self.renorm.as_ref().map(|renorm| renorm.corrections(channels)),
         }
     }
 }
@@ -105,8 +117,12 @@ impl<E: Element> Application<E, 3> for NormalizeTo<'_, E> {
         let beta = each(self.affine.beta, channels.clone(), E::Param::from_f64(0.0));
         let mut all = [[E::Param::default(); BATCH]; 3];
         for i in 0..channels.len() {
-            let Statistics { mean, residue, inv_std } = given;
-            let one = normalize::coefficients(mean[i], residue[i], inv_std[i], gamma[i], beta[i]);
+            let Statistics { mean, residue, inv_std, corrections } = given;
+            let (gamma, mut beta) = (gamma[i].to_f64(), beta[i].to_f64());
+            if let Some([_, d]) = corrections {
+                beta += gamma * d[i];
+            }
+            let one = normalize::coefficients(mean[i], residue[i], inv_std[i], given.corrected(gamma, i), beta);
             [all[0][i], all[1][i], all[2][i]] = one;
         }
         all

@@ -25,6 +25,7 @@
 //! | get dx, dgamma, dbeta, or some of them | [`BatchNorm::backward`] |
 //! | keep statistics from batch to batch | [`Running`] |
 //! | train with the population's statistics as constants | [`BatchNorm::freeze`], [`BatchNorm::normalize`], [`BatchNorm::backward`] |
+//! | correct small batches towards the population | [`Saved::renormalize`] |
 //! | add up the gradients of micro-batches | [`BatchNorm::with_accumulation`] |
 //! | recompute the population's statistics precisely | [`Running::recompute`] |
 //! | do without the layer at inference | [`BatchNorm::fold_into_preceding`], [`BatchNorm::fold_into_following`], [`BatchNorm::scale_and_shift`] |
@@ -64,6 +65,7 @@ mod operation;
 mod pass;
 mod plan;
 pub mod reference;
+mod renorm;
 mod running;
 mod scratch;
 mod shape;
@@ -75,6 +77,7 @@ pub use fold::Layer;
 pub use grid::Parallelism;
 pub use moments::{GradientSums, Moments, Saved};
 pub use plan::{Affine, BatchNorm, Gradients, Stores};
+pub use renorm::RenormLimits;
 pub use running::{Momentum, Population, Running, Variance};
 pub use shape::{Layout, Shape};
 pub use simd::Tier;

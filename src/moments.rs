@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::forward::Statistics;
 use crate::grid::Disjoint;
 use crate::pass::{BATCH, Each};
+use crate::renorm::{Renorm, RenormLimits, RenormTo};
 use crate::running::Population;
 
 /// Count, mean and sum of squared deviations of the values of one channel.
@@ -144,13 +145,15 @@ pub struct Saved<P> {
     pub(crate) residue: Vec<P>,
     pub(crate) var: Vec<P>,
     pub(crate) inv_std: Vec<P>,
+    pub(crate) renorm: Option<Renorm<P>>,
 }
 
 impl<P: Real> Saved<P> {
     /// Room for `channels` channels, with no statistics yet.
     pub fn new(channels: usize) -> Self {
         let zeros = || vec![P::default(); channels];
-        Self { count: 0, frozen: false, mean: zeros(), residue: zeros(), var: zeros(), inv_std: zeros() }
+        let (mean, residue, var, inv_std) = (zeros(), zeros(), zeros(), zeros());
+        Self { count: 0, frozen: false, mean, residue, var, inv_std, renorm: None }
     }
 
     /// Statistics that were kept elsewhere, of `count` values per channel: for a framework that stores
@@ -175,7 +178,60 @@ impl<P: Real> Saved<P> {
             // An inv_std of 0 stands for a variance of 0; a NaN stays one.
             P::from_f64(if i == 0.0 || var < 0.0 { 0.0 } else { var })
         });
-        Ok(Self { count, frozen: false, var: var.collect(), residue: vec![P::default(); mean.len()], mean, inv_std })
+        let (var, residue) = (var.collect(), vec![P::default(); mean.len()]);
+        Ok(Self { count, frozen: false, mean, residue, var, inv_std, renorm: None })
+    }
+
+    /// From the next batch on, statistics are corrected towards those of the population as Batch Renormalization does
+    /// (Ioffe 2017): with `std = sqrt(var + eps)`,
+    ///
+    /// ```text
+    /// r = clip(std_batch / std_population, 1/r_max, r_max)
+    /// d = clip((mean_batch - mean_population) / std_population, -d_max, d_max)
+    /// y = gamma * (xhat * r + d) + beta
+    /// ```
+    ///
+    /// and backward passes take r and d as constants. A step of training, with the paper's schedule of the limits:
+    ///
+    /// ```
+    /// # use batchnorm::{Affine, BatchNorm, Gradients, Momentum, RenormLimits, Shape, Variance};
+    /// # let (x, mut y, step) = ([1f32, 2.0, 3.0, 5.0], [0f32; 4], 30_000);
+    /// # let bn = BatchNorm::<f32>::new(Shape::nc(4, 1)?)?;
+    /// # let (mut saved, mut running) = (bn.saved(), bn.running(Momentum::WeightOfNew(0.01), Variance::Unbiased)?);
+    /// saved.renormalize(running.population(), RenormLimits::at_step(step))?;
+    /// bn.forward_train(&x, Affine::none(), &mut y, &mut saved)?;
+    /// running.update(&saved)?;
+    /// # Ok::<(), batchnorm::Error>(())
+    /// ```
+    ///
+    /// The population is copied, so it may be updated before the backward pass.
+    ///
+    /// # Errors
+    /// [`Error::Length`] for mean or var; [`Error::Variance`]; [`Error::RenormLimits`] for `r_max` below 1 or `d_max` below 0.
+    pub fn renormalize(&mut self, population: Population<'_, P>, limits: RenormLimits) -> Result<()> {
+        crate::error::check_len("mean", self.channels(), population.mean.len())?;
+        crate::error::check_len("var", self.channels(), population.var.len())?;
+        crate::running::check_variances(population.var)?;
+        limits.check()?;
+        match &mut self.renorm {
+            Some(renorm) => {
+                renorm.limits = limits;
+                renorm.mean.copy_from_slice(population.mean);
+                renorm.var.copy_from_slice(population.var);
+            }
+            None => self.renorm = Some(Renorm::new(limits, population)),
+        }
+        Ok(())
+    }
+
+    /// From the next batch on, statistics are not corrected.
+    pub fn do_not_renormalize(&mut self) {
+        self.renorm = None;
+    }
+
+    /// `r` and `d` of each channel of the last batch, if it was renormalized.
+    pub fn corrections(&self) -> Option<(&[P], &[P])> {
+        self.renorm.as_ref().map(|renorm| (&renorm.r[..], &renorm.d[..]))
     }
 
     /// The number of channels.
@@ -218,8 +274,13 @@ impl<P: Real> Saved<P> {
     /// Takes the statistics of a batch of `count` values, from several threads.
     pub(crate) fn recorder(&mut self, count: u64, eps: f64) -> Recorder<'_, P> {
         (self.count, self.frozen) = (count, false);
-        let Self { mean, residue, var, inv_std, .. } = self;
-        Recorder { fields: [mean, residue, var, inv_std].map(|field| Disjoint::new(field)), count: count as f64, eps }
+        let Self { mean, residue, var, inv_std, renorm, .. } = self;
+        Recorder {
+            fields: [mean, residue, var, inv_std].map(|field| Disjoint::new(field)),
+            renorm: renorm.as_mut().map(Renorm::recorder),
+            count: count as f64,
+            eps,
+        }
     }
 }
 
@@ -238,6 +299,7 @@ pub(crate) trait Keep<const S: usize>: Sync {
 /// The fields of [`Saved`], open to several threads.
 pub(crate) struct Recorder<'a, P> {
     fields: [Disjoint<'a, P>; 4],
+    renorm: Option<RenormTo<'a, P>>,
     count: f64,
     eps: f64,
 }
@@ -249,19 +311,22 @@ impl<P: Real> Keep<3> for Recorder<'_, P> {
     unsafe fn keep(&self, channels: Range<usize>, [mean, residue, m2]: &[Each<f64>; 3]) -> Statistics<P> {
         let mut kept = Statistics::default();
         let (mut var, mut inv_std_of) = ([P::default(); BATCH], [P::default(); BATCH]);
+        let mut exact = [0.0; BATCH];
         for i in 0..channels.len() {
             let rounded = P::from_f64(mean[i]);
             kept.mean[i] = rounded;
             kept.residue[i] = P::from_f64((mean[i] - rounded.to_f64()) + residue[i]);
-            let variance = m2[i] / self.count;
-            var[i] = P::from_f64(variance);
-            inv_std_of[i] = P::from_f64_saturating(inv_std(variance, self.eps));
+            exact[i] = m2[i] / self.count;
+            var[i] = P::from_f64(exact[i]);
+            inv_std_of[i] = P::from_f64_saturating(inv_std(exact[i], self.eps));
             kept.inv_std[i] = inv_std_of[i].to_f64();
         }
         for (field, values) in self.fields.iter().zip([&kept.mean, &kept.residue, &var, &inv_std_of]) {
             // SAFETY: the caller's promise.
             unsafe { field.slice(channels.clone()) }.copy_from_slice(&values[..channels.len()]);
         }
+        // SAFETY: the caller's promise.
+        kept.corrections = self.renorm.as_ref().map(|to| unsafe { to.keep(channels, mean, &exact, self.eps) });
         kept
     }
 }
@@ -300,6 +365,7 @@ impl Keep<2> for SumsTo<'_> {
 /// Keeps the gradients of gamma and beta that are wanted, or adds them to what is there.
 pub(crate) struct AffineGradientsTo<'a, P> {
     pub(crate) accumulates: bool,
+    pub(crate) renorm: Option<&'a Renorm<P>>,
     pub(crate) dgamma: Option<Disjoint<'a, P>>,
     pub(crate) dbeta: Option<Disjoint<'a, P>>,
 }
@@ -308,7 +374,11 @@ impl<P: Real> Keep<2> for AffineGradientsTo<'_, P> {
     type Kept = ();
 
     unsafe fn keep(&self, channels: Range<usize>, [dy, dy_xhat]: &[Each<f64>; 2]) {
-        for (out, sums) in [(self.dgamma, dy_xhat), (self.dbeta, dy)] {
+        let dgamma = match self.renorm.map(|renorm| renorm.corrections(channels.clone())) {
+            Some([r, d]) => core::array::from_fn(|i| dy_xhat[i] * r[i] + dy[i] * d[i]),
+            None => *dy_xhat,
+        };
+        for (out, sums) in [(self.dgamma, &dgamma), (self.dbeta, dy)] {
             let Some(out) = out else { continue };
             // SAFETY: the caller's promise.
             for (out, &sum) in unsafe { out.slice(channels.clone()) }.iter_mut().zip(sums) {
@@ -321,7 +391,7 @@ impl<P: Real> Keep<2> for AffineGradientsTo<'_, P> {
 impl<P: Real> Saved<P> {
     /// Takes the statistics of the population as constants.
     pub(crate) fn freeze(&mut self, Population { mean, var }: Population<'_, P>, eps: f64) {
-        (self.count, self.frozen) = (0, true);
+        (self.count, self.frozen, self.renorm) = (0, true, None);
         self.mean.copy_from_slice(mean);
         self.residue.fill(P::default());
         self.var.copy_from_slice(var);

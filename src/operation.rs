@@ -28,6 +28,7 @@ impl<P: Real> Origin<'_, P> {
                 mean: each(Some(mean), channels.clone(), P::default()),
                 residue: [P::default(); BATCH],
                 inv_std: each(Some(var), channels, P::default()).map(|var| inv_std(var.to_f64(), *eps)),
+                corrections: None,
             },
         }
     }

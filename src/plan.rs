@@ -459,7 +459,7 @@ impl<E: Element> BatchNorm<E> {
         let x = Source::new(x);
         let input = dx.map(|io| InputGradientTo { x, io, saved, gamma, count, streaming: self.streams(&io, LARGE) });
         let (dgamma, dbeta) = (dgamma.map(Disjoint::new), dbeta.map(Disjoint::new));
-        let out = AffineGradientsTo { accumulates: self.accumulates, dgamma, dbeta };
+        let out = AffineGradientsTo { accumulates: self.accumulates, renorm: saved.renorm.as_ref(), dgamma, dbeta };
         self.execute(Operation::Backward { x, dy, saved, input, out });
         Ok(())
     }

@@ -24,6 +24,7 @@ use crate::element::{Element, Real};
 use crate::grid::{Geometry, Planar, Rows, Runs};
 use crate::moments::{GradientSums, Moments, Saved, inv_std, two_sum};
 use crate::plan::Affine;
+use crate::renorm::{Renorm, RenormLimits};
 use crate::running::Population;
 use crate::shape::Shape;
 
@@ -276,17 +277,50 @@ pub fn finish<P: Real>(moments: &[Moments], eps: f64) -> Saved<P> {
     saved
 }
 
+/// Statistics from moments of a renormalized batch, as [`BatchNorm::finish`](crate::BatchNorm::finish) into statistics for
+/// which [`Saved::renormalize`] was called.
+pub fn finish_renormalized<P: Real>(
+    moments: &[Moments],
+    eps: f64,
+    population: Population<'_, P>,
+    limits: RenormLimits,
+) -> Saved<P> {
+    let mut renorm = Renorm::new(limits, population);
+    for (c, m) in moments.iter().enumerate() {
+        let inverse = inv_std(population.var[c].to_f64(), eps);
+        let r = (m.variance() + eps).sqrt() * inverse;
+        let d = (m.mean - population.mean[c].to_f64()) * inverse;
+        renorm.r[c] = P::from_f64(r.clamp(1.0 / limits.r_max, limits.r_max));
+        renorm.d[c] = P::from_f64(d.clamp(-limits.d_max, limits.d_max));
+    }
+    Saved { renorm: Some(renorm), ..finish(moments, eps) }
+}
+
+/// dgamma and dbeta from gradient sums, as [`BatchNorm::backward`](crate::BatchNorm::backward).
+pub fn affine_gradients<P: Real>(sums: &[GradientSums], saved: &Saved<P>) -> (Vec<P>, Vec<P>) {
+    let dgamma = |(c, sums): (usize, &GradientSums)| match &saved.renorm {
+        Some(renorm) => P::from_f64(sums.dy_xhat * renorm.r[c].to_f64() + sums.dy * renorm.d[c].to_f64()),
+        None => P::from_f64(sums.dy_xhat),
+    };
+    (sums.iter().enumerate().map(dgamma).collect(), sums.iter().map(|sums| P::from_f64(sums.dy)).collect())
+}
+
 /// `(x - hi) * scale + shift` for each element.
 fn affine_map<E: Element>(
     shape: &Shape,
     x: &[E],
     affine: Affine<'_, E::Param>,
     statistics: impl Fn(usize) -> (E::Param, f64, f64),
+    renorm: Option<&Renorm<E::Param>>,
 ) -> Vec<E> {
     let of_channel = |c: usize| {
         let (mean, residue, inv_std) = statistics(c);
-        let gamma = affine.gamma.map_or(1.0, |gamma| gamma[c].to_f64());
-        let beta = affine.beta.map_or(0.0, |beta| beta[c].to_f64());
+        let mut gamma = affine.gamma.map_or(1.0, |gamma| gamma[c].to_f64());
+        let mut beta = affine.beta.map_or(0.0, |beta| beta[c].to_f64());
+        if let Some(renorm) = renorm {
+            beta += gamma * renorm.d[c].to_f64();
+            gamma *= renorm.r[c].to_f64();
+        }
         let scale = gamma * inv_std;
         (mean, E::Param::from_f64_saturating(scale), E::Param::from_f64(beta - residue * scale))
     };
@@ -300,7 +334,8 @@ fn affine_map<E: Element>(
 
 /// `y`, as [`BatchNorm::normalize`](crate::BatchNorm::normalize).
 pub fn normalize<E: Element>(shape: &Shape, x: &[E], affine: Affine<'_, E::Param>, saved: &Saved<E::Param>) -> Vec<E> {
-    affine_map(shape, x, affine, |c| (saved.mean[c], saved.residue[c].to_f64(), saved.inv_std[c].to_f64()))
+    let statistics = |c: usize| (saved.mean[c], saved.residue[c].to_f64(), saved.inv_std[c].to_f64());
+    affine_map(shape, x, affine, statistics, saved.renorm.as_ref())
 }
 
 /// `y`, as [`BatchNorm::forward_infer`](crate::BatchNorm::forward_infer).
@@ -312,7 +347,7 @@ pub fn forward_infer<E: Element>(
     eps: f64,
 ) -> Vec<E> {
     let inv_std = |c: usize| inv_std(population.var[c].to_f64(), eps);
-    affine_map(shape, x, affine, |c| (population.mean[c], 0.0, inv_std(c)))
+    affine_map(shape, x, affine, |c| (population.mean[c], 0.0, inv_std(c)), None)
 }
 
 /// The gradient sums of each channel, as [`BatchNorm::gradient_sums`](crate::BatchNorm::gradient_sums).
@@ -371,7 +406,8 @@ pub fn input_gradient<E: Element>(
     let value = |i: usize| {
         let c = channel_of(shape, i);
         let inv_std = saved.inv_std[c].to_f64();
-        let scale = gamma.map_or(1.0, |gamma| gamma[c].to_f64()) * inv_std;
+        let corrected = saved.renorm.as_ref().map_or(1.0, |renorm| renorm.r[c].to_f64());
+        let scale = gamma.map_or(1.0, |gamma| gamma[c].to_f64()) * corrected * inv_std;
         if saved.frozen {
             return E::from_param(dy[i].to_param() * E::Param::from_f64_saturating(scale));
         }

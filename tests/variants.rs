@@ -5,8 +5,9 @@ mod common;
 
 use batchnorm::reference;
 use batchnorm::{
-    Affine, BatchNorm, Element, GradientSums, Gradients, Parallelism, Population, Real, Saved, Shape, Tier,
+    Affine, BatchNorm, Element, Error, GradientSums, Gradients, Parallelism, Population, Real, RenormLimits,
 };
+use batchnorm::{Saved, Shape, Tier};
 use common::{Bits, Data, assert_bits, plan, tiers};
 
 /// What a check runs on.
@@ -154,6 +155,115 @@ where
     }
 }
 
+fn renormalized<E: Bits>(cell: Cell)
+where
+    E::Param: Bits,
+{
+    let (args, bn) = (Args::<E>::new(&cell.shape), cell.plan::<E>());
+    let limits = RenormLimits { r_max: 1.5, d_max: 0.4 };
+    let mut saved = bn.saved();
+    saved.renormalize(args.population(), limits).unwrap();
+    let moments = reference::moments(&cell.shape, &args.x);
+    let expected = reference::finish_renormalized(&moments, EPS, args.population(), limits);
+    let then = reference::normalize(&cell.shape, &args.x, args.affine(), &expected);
+    let mut y = args.blank();
+    bn.forward_train(&args.x, args.affine(), &mut y, &mut saved).unwrap();
+    assert_bits("y", &y, &then);
+    assert_bits("r", saved.corrections().unwrap().0, expected.corrections().unwrap().0);
+    assert_bits("d", saved.corrections().unwrap().1, expected.corrections().unwrap().1);
+    let mut y = args.x.clone();
+    bn.forward_train_in_place(&mut y, args.affine(), &mut saved).unwrap();
+    assert_bits("y in place", &y, &then);
+    let mut y = args.blank();
+    bn.finish(&moments, &mut saved).unwrap();
+    bn.normalize(&args.x, args.affine(), &saved, &mut y).unwrap();
+    assert_bits("y in halves", &y, &then);
+
+    let sums = reference::gradient_sums(&cell.shape, &args.x, &args.dy, &saved);
+    let dx_then = reference::input_gradient(&cell.shape, &args.x, &args.dy, &saved, Some(&args.gamma), &sums);
+    let (dgamma_then, dbeta_then) = reference::affine_gradients(&sums, &saved);
+    let (mut dx, mut dgamma, mut dbeta) = (args.blank(), args.params(0.0), args.params(0.0));
+    let all = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
+    bn.backward(&args.x, &args.dy, &saved, Some(&args.gamma), all).unwrap();
+    assert_bits("dx", &dx, &dx_then);
+    assert_bits("dgamma", &dgamma, &dgamma_then);
+    assert_bits("dbeta", &dbeta, &dbeta_then);
+    let mut dx = args.blank();
+    bn.input_gradient(&args.x, &args.dy, &saved, Some(&args.gamma), &sums, &mut dx).unwrap();
+    assert_bits("dx in halves", &dx, &dx_then);
+
+    saved.do_not_renormalize();
+    let (mut y, mut plain) = (args.blank(), bn.saved());
+    bn.forward_train(&args.x, args.affine(), &mut y, &mut saved).unwrap();
+    bn.forward_train(&args.x, args.affine(), &mut y, &mut plain).unwrap();
+    assert_eq!(saved, plain);
+}
+
+/// The formulas in the plainest form, in f64, with both limits reached and not.
+#[test]
+fn renormalization_follows_the_paper() {
+    let (n, c) = (50, 4);
+    let shape = Shape::nc(n, c).unwrap();
+    let (x, dy) = (Data::Normal.fill::<f64>(n * c, 1), Data::Normal.fill::<f64>(n * c, 2));
+    let (gamma, beta) = ([0.5, -2.0, 1.5, 3.0], [0.1, 0.2, -0.3, 0.4]);
+    // Close to the batch, too narrow and to the left, too wide, far to the right.
+    let (mean, var) = ([0.05, -9.0, 0.0, 30.0], [1.1, 0.04, 90.0, 1.0]);
+    let limits = RenormLimits { r_max: 2.0, d_max: 3.0 };
+    let bn = BatchNorm::<f64>::new(shape).unwrap().with_eps(EPS).unwrap();
+    let (mut saved, mut y) = (bn.saved(), vec![0.0; n * c]);
+    saved.renormalize(Population { mean: &mean, var: &var }, limits).unwrap();
+    bn.forward_train(&x, Affine::new(&gamma, &beta), &mut y, &mut saved).unwrap();
+    let (mut dx, mut dgamma, mut dbeta) = (vec![0.0; n * c], [0.0; 4], [0.0; 4]);
+    let all = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
+    bn.backward(&x, &dy, &saved, Some(&gamma), all).unwrap();
+
+    let near = |got: f64, expected: f64| assert!((got - expected).abs() < 1e-11, "{got} against {expected}");
+    for k in 0..c {
+        let column = |of: &[f64]| (0..n).map(|i| of[i * c + k]).collect::<Vec<_>>();
+        let average = |of: &mut dyn Iterator<Item = f64>| of.sum::<f64>() / n as f64;
+        let (x, dy) = (column(&x), column(&dy));
+        let mu = average(&mut x.iter().copied());
+        let sigma = (average(&mut x.iter().map(|x| (x - mu) * (x - mu))) + EPS).sqrt();
+        let of_population = (var[k] + EPS).sqrt();
+        let r = (sigma / of_population).max(0.5).min(2.0);
+        let d = ((mu - mean[k]) / of_population).max(-3.0).min(3.0);
+        let xhat: Vec<f64> = x.iter().map(|x| (x - mu) / sigma).collect();
+        let g: Vec<f64> = dy.iter().map(|dy| dy * gamma[k] * r).collect();
+        let (g_mean, gx_mean) = (average(&mut g.iter().copied()), average(&mut (0..n).map(|i| g[i] * xhat[i])));
+        for i in 0..n {
+            near(y[i * c + k], gamma[k] * (xhat[i] * r + d) + beta[k]);
+            near(dx[i * c + k], (g[i] - g_mean - xhat[i] * gx_mean) / sigma);
+        }
+        near(dgamma[k], (0..n).map(|i| dy[i] * (xhat[i] * r + d)).sum());
+        near(dbeta[k], dy.iter().sum());
+    }
+    let (r, d) = saved.corrections().unwrap();
+    assert!(r[0] > 0.5 && r[0] < 2.0 && r[1] == 2.0 && r[2] == 0.5, "{r:?}");
+    assert!(d[0].abs() < 3.0 && d[1] == 3.0 && d[3] == -3.0, "{d:?}");
+}
+
+#[test]
+fn renormalization_is_scheduled_and_checked() {
+    let limits = |step| RenormLimits::at_step(step);
+    assert_eq!(limits(0), RenormLimits::NONE);
+    assert_eq!(limits(5000), RenormLimits::NONE);
+    assert_eq!(limits(15000), RenormLimits { r_max: 1.0 + 2.0 * 10.0 / 35.0, d_max: 2.5 });
+    assert_eq!(limits(1 << 40), RenormLimits { r_max: 3.0, d_max: 5.0 });
+    let mut saved = Saved::<f32>::new(2);
+    let before = saved.clone();
+    let population = Population { mean: &[0.0f32; 2], var: &[1.0; 2] };
+    for (r_max, d_max) in [(0.9, 1.0), (1.0, -0.1), (f64::NAN, 0.0)] {
+        let refused = saved.renormalize(population, RenormLimits { r_max, d_max }).unwrap_err();
+        assert!(matches!(refused, Error::RenormLimits { .. }), "{refused}");
+    }
+    let short = Population { mean: &[0.0f32], ..population };
+    let length = Error::Length { what: "mean", expected: 2, got: 1 };
+    assert_eq!(saved.renormalize(short, RenormLimits::NONE), Err(length));
+    let negative = Population { var: &[1.0f32, -1.0], ..population };
+    assert_eq!(saved.renormalize(negative, RenormLimits::NONE), Err(Error::Variance { channel: 1, got: -1.0 }));
+    assert_eq!(saved, before);
+}
+
 /// A variant with its check for each element type.
 struct Variant {
     name: &'static str,
@@ -180,6 +290,7 @@ fn registry() -> Vec<Variant> {
     registry![
         "frozen statistics": frozen,
         "accumulated gradients": accumulated,
+        "Batch Renormalization": renormalized,
     ]
 }
 

@@ -162,11 +162,11 @@ pub(crate) fn coefficients<R: Real>(
     mean: R,
     residue: R,
     inv_std: R,
-    gamma: R,
+    gamma: f64,
     [dy, dy_xhat]: [f64; 2],
     count: f64,
 ) -> [R; 6] {
-    let scale = gamma.to_f64() * inv_std.to_f64();
+    let scale = gamma * inv_std.to_f64();
     let slope = -scale * (dy_xhat / count);
     let dy_mean = dy / count;
     let rounded = R::from_f64(dy_mean);

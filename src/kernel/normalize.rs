@@ -11,9 +11,9 @@ use crate::simd::{Compute, Isa, Vector};
 
 /// A channel's `[hi, scale, shift]`.
 #[inline(always)]
-pub(crate) fn coefficients<R: Real>(mean: R, residue: R, inv_std: f64, gamma: R, beta: R) -> [R; 3] {
-    let scale = gamma.to_f64() * inv_std;
-    [mean, R::from_f64_saturating(scale), R::from_f64(beta.to_f64() - residue.to_f64() * scale)]
+pub(crate) fn coefficients<R: Real>(mean: R, residue: R, inv_std: f64, gamma: f64, beta: f64) -> [R; 3] {
+    let scale = gamma * inv_std;
+    [mean, R::from_f64_saturating(scale), R::from_f64(beta - residue.to_f64() * scale)]
 }
 
 /// `y` from `x`.
