@@ -95,6 +95,9 @@ pub enum Error {
         /// The limit of d that was given.
         d_max: f64,
     },
+    /// Virtual batches without samples.
+    #[error("a virtual batch needs at least one sample, got zero")]
+    VirtualBatch,
     /// Groups that do not divide the channels of a layer.
     #[error("{groups} groups do not divide {channels} channels")]
     Groups {

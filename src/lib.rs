@@ -25,6 +25,7 @@
 //! | get dx, dgamma, dbeta, or some of them | [`BatchNorm::backward`] |
 //! | keep statistics from batch to batch | [`Running`] |
 //! | train with the population's statistics as constants | [`BatchNorm::freeze`], [`BatchNorm::normalize`], [`BatchNorm::backward`] |
+//! | normalize virtual batches by themselves | [`BatchNorm::ghost`] |
 //! | correct small batches towards the population | [`Saved::renormalize`] |
 //! | add up the gradients of micro-batches | [`BatchNorm::with_accumulation`] |
 //! | recompute the population's statistics precisely | [`Running::recompute`] |
@@ -58,6 +59,7 @@ mod element;
 mod error;
 mod fold;
 mod forward;
+mod ghost;
 mod grid;
 mod kernel;
 mod moments;
@@ -74,6 +76,7 @@ mod simd;
 pub use element::{Element, Real};
 pub use error::{Error, Result};
 pub use fold::Layer;
+pub use ghost::Ghost;
 pub use grid::Parallelism;
 pub use moments::{GradientSums, Moments, Saved};
 pub use plan::{Affine, BatchNorm, Gradients, Stores};

@@ -271,7 +271,7 @@ impl<E: Element> BatchNorm<E> {
         check_variances(population.var)
     }
 
-    fn check_batch(&self) -> Result<()> {
+    pub(crate) fn check_batch(&self) -> Result<()> {
         match self.shape.count() {
             0 => Err(Error::EmptyBatch { batch: self.shape.batch(), spatial: self.shape.spatial() }),
             _ => Ok(()),
@@ -315,10 +315,15 @@ impl<E: Element> BatchNorm<E> {
         self.train(InOut::in_place(x), affine, saved)
     }
 
-    fn train(&self, io: InOut<'_, E>, affine: Affine<'_, E::Param>, saved: &mut Saved<E::Param>) -> Result<()> {
+    /// All that a training forward pass asks of its arguments but for the lengths of tensors.
+    pub(crate) fn check_train(&self, affine: Affine<'_, E::Param>, saved: &Saved<E::Param>) -> Result<()> {
         self.check_affine(affine)?;
         check_len("saved", self.shape.channels(), saved.channels())?;
-        self.check_batch()?;
+        self.check_batch()
+    }
+
+    fn train(&self, io: InOut<'_, E>, affine: Affine<'_, E::Param>, saved: &mut Saved<E::Param>) -> Result<()> {
+        self.check_train(affine, saved)?;
         let count = self.shape.count() as u64;
         let normalize = self.normalize_to(io, affine, LARGE);
         self.execute(Operation::Train { normalize, record: saved.recorder(count, self.eps) });
@@ -435,6 +440,26 @@ impl<E: Element> BatchNorm<E> {
         self.differentiate(x, dx.from, Some(dx), saved, gamma, dgamma, dbeta)
     }
 
+    /// All that a backward pass asks of its arguments but for the lengths of tensors.
+    pub(crate) fn check_backward(
+        &self,
+        saved: &Saved<E::Param>,
+        gamma: Option<&[E::Param]>,
+        dgamma: Option<&[E::Param]>,
+        dbeta: Option<&[E::Param]>,
+    ) -> Result<()> {
+        self.check_channels("gamma", gamma)?;
+        self.check_channels("dgamma", dgamma)?;
+        self.check_channels("dbeta", dbeta)?;
+        self.check_batch()?;
+        self.check_saved(saved)?;
+        let count = self.shape.count() as u64;
+        if saved.count != count && !saved.frozen {
+            return Err(Error::Shards { expected: count, got: saved.count });
+        }
+        Ok(())
+    }
+
     #[allow(clippy::too_many_arguments, reason = "the parts of two public calls, checked once")]
     fn differentiate(
         &self,
@@ -447,15 +472,8 @@ impl<E: Element> BatchNorm<E> {
         dbeta: Option<&mut [E::Param]>,
     ) -> Result<()> {
         self.check_tensor("x", x)?;
-        self.check_channels("gamma", gamma)?;
-        self.check_channels("dgamma", dgamma.as_deref())?;
-        self.check_channels("dbeta", dbeta.as_deref())?;
-        self.check_batch()?;
-        self.check_saved(saved)?;
+        self.check_backward(saved, gamma, dgamma.as_deref(), dbeta.as_deref())?;
         let count = self.shape.count() as u64;
-        if saved.count != count && !saved.frozen {
-            return Err(Error::Shards { expected: count, got: saved.count });
-        }
         let x = Source::new(x);
         let input = dx.map(|io| InputGradientTo { x, io, saved, gamma, count, streaming: self.streams(&io, LARGE) });
         let (dgamma, dbeta) = (dgamma.map(Disjoint::new), dbeta.map(Disjoint::new));

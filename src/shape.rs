@@ -86,6 +86,11 @@ impl Shape {
         Self::new(Layout::ChannelsLast, n, c, &[d, h, w])
     }
 
+    /// The same with another number of samples, at most as many.
+    pub(crate) fn with_batch(&self, batch: usize) -> Self {
+        Self { batch, ..*self }
+    }
+
     /// Where the channel stands.
     pub fn layout(&self) -> Layout {
         self.layout

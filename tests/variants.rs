@@ -199,6 +199,82 @@ where
     assert_eq!(saved, plain);
 }
 
+/// Plain plans on the parts of the batch say what is right.
+fn ghost<E: Bits>(cell: Cell)
+where
+    E::Param: Bits,
+{
+    let (args, bn) = (Args::<E>::new(&cell.shape), cell.plan::<E>());
+    let n = cell.shape.batch();
+    let of_sample = cell.shape.len() / n;
+    for samples in [1, 2, n - 1, n, n + 1] {
+        let ghost = bn.clone().ghost(samples).unwrap();
+        assert_eq!(ghost.batches(), n.div_ceil(samples));
+        let (mut y, mut dx) = (args.blank(), args.blank());
+        let (mut saved, mut dgamma, mut dbeta) = (ghost.saved(), args.params(9.0), args.params(9.0));
+        ghost.forward_train(&args.x, args.affine(), &mut y, &mut saved).unwrap();
+        let all = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
+        ghost.backward(&args.x, &args.dy, &saved, Some(&args.gamma), all).unwrap();
+        let (mut dgamma_then, mut dbeta_then) = (args.params(0.0), args.params(0.0));
+        for (g, part) in (0..n).step_by(samples).enumerate() {
+            let size = samples.min(n - part);
+            let range = part * of_sample..(part + size) * of_sample;
+            let shape = Shape::new(cell.shape.layout(), size, cell.shape.channels(), &[cell.shape.spatial()]).unwrap();
+            let (x, dy) = (&args.x[range.clone()], &args.dy[range.clone()]);
+            let of_part: Saved<E::Param> = reference::finish(&reference::moments(&shape, x), EPS);
+            assert_bits("mean", saved[g].mean(), of_part.mean());
+            assert_bits("y", &y[range.clone()], &reference::normalize(&shape, x, args.affine(), &of_part));
+            let sums = reference::gradient_sums(&shape, x, dy, &of_part);
+            let expected = reference::input_gradient(&shape, x, dy, &of_part, Some(&args.gamma), &sums);
+            assert_bits("dx", &dx[range], &expected);
+            for (c, sums) in sums.iter().enumerate() {
+                dgamma_then[c] = E::Param::from_f64(dgamma_then[c].to_f64() + sums.dy_xhat);
+                dbeta_then[c] = E::Param::from_f64(dbeta_then[c].to_f64() + sums.dy);
+            }
+        }
+        assert_bits("dgamma", &dgamma, &dgamma_then);
+        assert_bits("dbeta", &dbeta, &dbeta_then);
+        let mut in_place = args.x.clone();
+        ghost.forward_train_in_place(&mut in_place, args.affine(), &mut saved).unwrap();
+        assert_bits("y in place", &in_place, &y);
+        let (mut in_place, mut dgamma) = (args.dy.clone(), args.params(9.0));
+        let gamma = Some(&args.gamma[..]);
+        ghost.backward_in_place(&args.x, &mut in_place, &saved, gamma, Some(&mut dgamma), None).unwrap();
+        assert_bits("dx in place", &in_place, &dx);
+        assert_bits("dgamma in place", &dgamma, &dgamma_then);
+    }
+}
+
+#[test]
+fn virtual_batches_are_checked_before_any_is_written() {
+    let bn = BatchNorm::<f32>::new(Shape::nc(5, 2).unwrap()).unwrap();
+    assert_eq!(bn.clone().ghost(0).unwrap_err(), Error::VirtualBatch);
+    assert_eq!(bn.clone().ghost(usize::MAX).unwrap().batches(), 1);
+    let ghost = bn.clone().with_accumulation(true).ghost(2).unwrap();
+    let (x, dy, mut y, mut saved) = ([1.0; 10], [1.0; 10], [7.0; 10], ghost.saved());
+    let length = |what, expected, got| Err(Error::Length { what, expected, got });
+    assert_eq!(ghost.forward_train(&x[1..], Affine::none(), &mut y, &mut saved), length("x", 10, 9));
+    assert_eq!(ghost.forward_train(&x, Affine::none(), &mut y[1..], &mut saved), length("y", 10, 9));
+    assert_eq!(ghost.forward_train(&x, Affine::none(), &mut y, &mut saved[1..]), length("saved", 3, 2));
+    saved[2] = Saved::new(3);
+    assert_eq!(ghost.forward_train(&x, Affine::none(), &mut y, &mut saved), length("saved", 2, 3));
+    let mut saved = ghost.saved();
+    assert_eq!(y, [7.0; 10]);
+    ghost.forward_train(&x, Affine::none(), &mut y, &mut saved).unwrap();
+    // The last one is the wrong batch: nothing of the first ones is written.
+    saved[2] = saved[0].clone();
+    let (mut dx, mut dgamma) = ([7.0; 10], [3.0; 2]);
+    let gradients = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: None };
+    assert_eq!(ghost.backward(&x, &dy, &saved, None, gradients), Err(Error::Shards { expected: 1, got: 2 }));
+    saved[2] = Saved::new(2);
+    let gradients = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: None };
+    assert_eq!(ghost.backward(&x, &dy, &saved, None, gradients), Err(Error::MissingStatistics));
+    assert_eq!((dx, dgamma), ([7.0; 10], [3.0; 2]));
+    let empty = BatchNorm::<f32>::new(Shape::nc(0, 2).unwrap()).unwrap().ghost(2).unwrap();
+    let refused = empty.forward_train(&[], Affine::none(), &mut [], &mut empty.saved());
+    assert_eq!(refused, Err(Error::EmptyBatch { batch: 0, spatial: 1 }));
+}
+
 /// The formulas in the plainest form, in f64, with both limits reached and not.
 #[test]
 fn renormalization_follows_the_paper() {
@@ -291,6 +367,7 @@ fn registry() -> Vec<Variant> {
         "frozen statistics": frozen,
         "accumulated gradients": accumulated,
         "Batch Renormalization": renormalized,
+        "virtual batches (ghost)": ghost,
     ]
 }
 
