@@ -1,6 +1,6 @@
 //! Times of every pass over a table of shapes, for regressions: `cargo bench --bench kernels`.
 
-use batchnorm::{Affine, BatchNorm, Gradients, Population, Shape};
+use batchnorm::{Affine, BatchNorm, Gradients, Population, RenormLimits, Shape};
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
 /// A large plane, small planes, a tensor that fits the cache, rows, and three channels.
@@ -50,6 +50,28 @@ fn kernels(criterion: &mut Criterion) {
                 let gradients = Gradients { dx: Some(&mut out), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
                 bn.backward(&x, &dy, &saved, Some(&gamma), gradients)
             });
+        });
+        bn.freeze(population, &mut saved).expect("statistics of the bench");
+        group.bench_function(BenchmarkId::from_parameter("backward, frozen"), |bench| {
+            bench.iter(|| {
+                let gradients = Gradients { dx: Some(&mut out), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
+                bn.backward(&x, &dy, &saved, Some(&gamma), gradients)
+            });
+        });
+        group.bench_function(BenchmarkId::from_parameter("dx, frozen"), |bench| {
+            bench.iter(|| {
+                let gradients = Gradients { dx: Some(&mut out), ..Default::default() };
+                bn.backward(&x, &dy, &saved, Some(&gamma), gradients)
+            });
+        });
+        saved.renormalize(population, RenormLimits::at_step(30_000)).expect("statistics of the bench");
+        group.bench_function(BenchmarkId::from_parameter("forward, renormalized"), |bench| {
+            bench.iter(|| bn.forward_train(&x, affine, &mut out, &mut saved));
+        });
+        let ghost = bn.ghost(shape.batch().div_ceil(4)).expect("virtual batches of the bench");
+        let mut saved = ghost.saved();
+        group.bench_function(BenchmarkId::from_parameter("forward, ghost"), |bench| {
+            bench.iter(|| ghost.forward_train(&x, affine, &mut out, &mut saved));
         });
         group.finish();
     }

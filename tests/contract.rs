@@ -159,6 +159,23 @@ fn calls<E: Element>() -> Vec<Call<E>> {
         call("moments", |bn, a| bn.moments(&a.x, &mut a.moments), &["x", "moments"], false, false),
         call("finish", |bn, a| bn.finish(&a.moments, &mut a.saved), &["moments", "saved"], true, false),
         call(
+            "freeze",
+            |bn, a| bn.freeze(Population { mean: &a.mean, var: &a.var }, &mut a.saved),
+            &["mean", "var", "saved"],
+            false,
+            false,
+        ),
+        call(
+            "scale_and_shift",
+            |bn, a| {
+                let population = Population { mean: &a.mean, var: &a.var };
+                bn.scale_and_shift(Affine::new(&a.gamma, &a.beta), population, &mut a.dgamma, &mut a.dbeta)
+            },
+            &["gamma", "beta", "mean", "var"],
+            false,
+            false,
+        ),
+        call(
             "normalize",
             |bn, a| bn.normalize(&a.x, Affine::new(&a.gamma, &a.beta), &a.saved, &mut a.y),
             &["x", "gamma", "beta", "saved", "y"],
@@ -266,6 +283,11 @@ fn empty_batches<E: Bits>() {
             match call.name {
                 "moments" => expected.moments.fill(Moments::default()),
                 "gradient_sums" => expected.sums.fill(GradientSums::default()),
+                // These do not look at the batch.
+                "freeze" | "scale_and_shift" => {
+                    let full = BatchNorm::<E>::new(Shape::nc(1, shape.channels()).unwrap()).unwrap();
+                    (call.run)(&full, &mut expected).unwrap();
+                }
                 _ => (),
             }
             (call.run)(&bn, &mut got).unwrap();
