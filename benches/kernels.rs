@@ -48,20 +48,20 @@ fn kernels(criterion: &mut Criterion) {
         group.bench_function(BenchmarkId::from_parameter("backward"), |bench| {
             bench.iter(|| {
                 let gradients = Gradients { dx: Some(&mut out), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
-                bn.backward(&x, &dy, &saved, Some(&gamma), gradients)
+                bn.backward(&x, &dy, &saved, Affine::scale(&gamma), gradients)
             });
         });
         bn.freeze(population, &mut saved).expect("statistics of the bench");
         group.bench_function(BenchmarkId::from_parameter("backward, frozen"), |bench| {
             bench.iter(|| {
                 let gradients = Gradients { dx: Some(&mut out), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
-                bn.backward(&x, &dy, &saved, Some(&gamma), gradients)
+                bn.backward(&x, &dy, &saved, Affine::scale(&gamma), gradients)
             });
         });
         group.bench_function(BenchmarkId::from_parameter("dx, frozen"), |bench| {
             bench.iter(|| {
                 let gradients = Gradients { dx: Some(&mut out), ..Default::default() };
-                bn.backward(&x, &dy, &saved, Some(&gamma), gradients)
+                bn.backward(&x, &dy, &saved, Affine::scale(&gamma), gradients)
             });
         });
         saved.renormalize(population, RenormLimits::at_step(30_000)).expect("statistics of the bench");

@@ -240,7 +240,7 @@ fn run<E: Element>(
                 }
                 _ => {
                     let gradients = Gradients { dx: Some(out), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
-                    bn.backward(&x, &dy, &saved, Some(&ones), gradients)
+                    bn.backward(&x, &dy, &saved, Affine::scale(&ones), gradients)
                 }
             };
             let turns = args.turns.unwrap_or(if args.quick { 15 } else { 31 });

@@ -74,7 +74,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 });
                 record("backward", name, &mut || {
                     let gradients = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
-                    bn.backward(&x, &dy, &saved, Some(&gamma), gradients).expect("a call of the bench");
+                    bn.backward(&x, &dy, &saved, Affine::scale(&gamma), gradients).expect("a call of the bench");
                 });
                 record("inference", name, &mut || {
                     let population = Population { mean: &gamma, var: &gamma };

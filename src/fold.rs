@@ -105,7 +105,7 @@ impl<E: Element> BatchNorm<E> {
         layer: Layer,
         weight: &mut [E::Param],
         bias: &mut [E::Param],
-        affine: Affine<'_, E::Param>,
+        affine: Affine<'_, E>,
         population: Population<'_, E::Param>,
     ) -> Result<()> {
         self.check_fold(layer.outputs, layer, weight, bias, affine, population)?;
@@ -131,7 +131,7 @@ impl<E: Element> BatchNorm<E> {
         layer: Layer,
         weight: &mut [E::Param],
         bias: &mut [E::Param],
-        affine: Affine<'_, E::Param>,
+        affine: Affine<'_, E>,
         population: Population<'_, E::Param>,
     ) -> Result<()> {
         self.check_fold(layer.inputs, layer, weight, bias, affine, population)?;
@@ -160,7 +160,7 @@ impl<E: Element> BatchNorm<E> {
         layer: Layer,
         weight: &[E::Param],
         bias: &[E::Param],
-        affine: Affine<'_, E::Param>,
+        affine: Affine<'_, E>,
         population: Population<'_, E::Param>,
     ) -> Result<()> {
         check_len("channels of the layer", self.shape().channels(), channels)?;

@@ -105,7 +105,7 @@ impl<E: Element, O: Keep<3>> Reduction<E, 3> for MomentsOf<'_, E, O> {
 /// `y` with gamma and beta, from statistics given.
 pub(crate) struct NormalizeTo<'a, E: Element> {
     pub(crate) io: InOut<'a, E>,
-    pub(crate) affine: Affine<'a, E::Param>,
+    pub(crate) affine: Affine<'a, E>,
     pub(crate) streaming: bool,
 }
 

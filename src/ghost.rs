@@ -24,7 +24,7 @@ use crate::shape::Shape;
 /// for saved in &saved {
 ///     running.update(saved)?;
 /// }
-/// ghost.backward(&x, &dy, &saved, None, Gradients { dx: Some(&mut dx), ..Default::default() })?;
+/// ghost.backward(&x, &dy, &saved, Affine::none(), Gradients { dx: Some(&mut dx), ..Default::default() })?;
 /// // Inference knows no virtual batches.
 /// ghost.whole().forward_infer(&x, Affine::none(), running.population(), &mut y)?;
 /// # Ok::<(), batchnorm::Error>(())
@@ -107,7 +107,7 @@ impl<E: Element> Ghost<E> {
     pub fn forward_train(
         &self,
         x: &[E],
-        affine: Affine<'_, E::Param>,
+        affine: Affine<'_, E>,
         y: &mut [E],
         saved: &mut [Saved<E::Param>],
     ) -> Result<()> {
@@ -128,7 +128,7 @@ impl<E: Element> Ghost<E> {
     pub fn forward_train_in_place(
         &self,
         x: &mut [E],
-        affine: Affine<'_, E::Param>,
+        affine: Affine<'_, E>,
         saved: &mut [Saved<E::Param>],
     ) -> Result<()> {
         self.check([("x", x.len()); 2], saved.len())?;
@@ -150,7 +150,7 @@ impl<E: Element> Ghost<E> {
         x: &[E],
         dy: &[E],
         saved: &[Saved<E::Param>],
-        gamma: Option<&[E::Param]>,
+        affine: Affine<'_, E>,
         gradients: Gradients<'_, E>,
     ) -> Result<()> {
         let Gradients { mut dx, mut dgamma, mut dbeta } = gradients;
@@ -159,7 +159,7 @@ impl<E: Element> Ghost<E> {
         }
         self.check([("x", x.len()), ("dy", dy.len())], saved.len())?;
         for ((bn, _), saved) in self.parts().zip(saved) {
-            bn.check_backward(saved, gamma, dgamma.as_deref(), dbeta.as_deref())?;
+            bn.check_backward(saved, affine, dgamma.as_deref(), dbeta.as_deref())?;
         }
         for ((bn, part), saved) in self.parts().zip(saved) {
             let gradients = Gradients {
@@ -167,7 +167,7 @@ impl<E: Element> Ghost<E> {
                 dgamma: dgamma.as_deref_mut(),
                 dbeta: dbeta.as_deref_mut(),
             };
-            bn.backward(&x[part.clone()], &dy[part], saved, gamma, gradients)?;
+            bn.backward(&x[part.clone()], &dy[part], saved, affine, gradients)?;
         }
         Ok(())
     }
@@ -181,17 +181,17 @@ impl<E: Element> Ghost<E> {
         x: &[E],
         dy: &mut [E],
         saved: &[Saved<E::Param>],
-        gamma: Option<&[E::Param]>,
+        affine: Affine<'_, E>,
         mut dgamma: Option<&mut [E::Param]>,
         mut dbeta: Option<&mut [E::Param]>,
     ) -> Result<()> {
         self.check([("x", x.len()), ("dy", dy.len())], saved.len())?;
         for ((bn, _), saved) in self.parts().zip(saved) {
-            bn.check_backward(saved, gamma, dgamma.as_deref(), dbeta.as_deref())?;
+            bn.check_backward(saved, affine, dgamma.as_deref(), dbeta.as_deref())?;
         }
         for ((bn, part), saved) in self.parts().zip(saved) {
             let (dgamma, dbeta) = (dgamma.as_deref_mut(), dbeta.as_deref_mut());
-            bn.backward_in_place(&x[part.clone()], &mut dy[part], saved, gamma, dgamma, dbeta)?;
+            bn.backward_in_place(&x[part.clone()], &mut dy[part], saved, affine, dgamma, dbeta)?;
         }
         Ok(())
     }

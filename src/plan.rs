@@ -36,19 +36,33 @@ const LARGE_ALONE: usize = 16 << 20;
 /// large enough for long stretches of memory.
 const BATCH_BYTES: usize = 600 << 10;
 
-/// The trained scale and offset of each channel, `C` values each; `None` stands for ones and for zeros.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Affine<'a, P> {
-    /// The scale, or 1.
-    pub gamma: Option<&'a [P]>,
-    /// The offset, or 0.
-    pub beta: Option<&'a [P]>,
+/// What follows normalization: the trained scale and offset of each channel, `C` values each, and a tensor that is added.
+/// The same is given to the forward and to the backward pass.
+#[derive(Debug, PartialEq)]
+pub struct Affine<'a, E: Element> {
+    /// The scale; `None` stands for ones.
+    pub gamma: Option<&'a [E::Param]>,
+    /// The offset; `None` stands for zeros.
+    pub beta: Option<&'a [E::Param]>,
 }
 
-impl<'a, P> Affine<'a, P> {
-    /// Both.
-    pub fn new(gamma: &'a [P], beta: &'a [P]) -> Self {
+impl<E: Element> Clone for Affine<'_, E> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<E: Element> Copy for Affine<'_, E> {}
+
+impl<'a, E: Element> Affine<'a, E> {
+    /// Scale and offset.
+    pub fn new(gamma: &'a [E::Param], beta: &'a [E::Param]) -> Self {
         Self { gamma: Some(gamma), beta: Some(beta) }
+    }
+
+    /// The scale alone.
+    pub fn scale(gamma: &'a [E::Param]) -> Self {
+        Self { gamma: Some(gamma), beta: None }
     }
 
     /// Neither: `y = xhat`. The same as `Affine::default()`.
@@ -57,7 +71,7 @@ impl<'a, P> Affine<'a, P> {
     }
 }
 
-impl<P> Default for Affine<'_, P> {
+impl<E: Element> Default for Affine<'_, E> {
     fn default() -> Self {
         Self::none()
     }
@@ -101,7 +115,7 @@ impl<E: Element> Default for Gradients<'_, E> {
 /// let mut saved = bn.saved();
 /// bn.forward_train(&x, Affine::new(&gamma, &beta), &mut y, &mut saved)?;
 /// let gradients = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
-/// bn.backward(&x, &dy, &saved, Some(&gamma), gradients)?;
+/// bn.backward(&x, &dy, &saved, Affine::scale(&gamma), gradients)?;
 /// # Ok::<(), batchnorm::Error>(())
 /// ```
 #[derive(Debug)]
@@ -260,7 +274,7 @@ impl<E: Element> BatchNorm<E> {
         got.map_or(Ok(()), |got| check_len(what, self.shape.channels(), got.len()))
     }
 
-    pub(crate) fn check_affine(&self, affine: Affine<'_, E::Param>) -> Result<()> {
+    pub(crate) fn check_affine(&self, affine: Affine<'_, E>) -> Result<()> {
         self.check_channels("gamma", affine.gamma)?;
         self.check_channels("beta", affine.beta)
     }
@@ -291,7 +305,7 @@ impl<E: Element> BatchNorm<E> {
     pub fn forward_train(
         &self,
         x: &[E],
-        affine: Affine<'_, E::Param>,
+        affine: Affine<'_, E>,
         y: &mut [E],
         saved: &mut Saved<E::Param>,
     ) -> Result<()> {
@@ -308,7 +322,7 @@ impl<E: Element> BatchNorm<E> {
     pub fn forward_train_in_place(
         &self,
         x: &mut [E],
-        affine: Affine<'_, E::Param>,
+        affine: Affine<'_, E>,
         saved: &mut Saved<E::Param>,
     ) -> Result<()> {
         self.check_tensor("x", x)?;
@@ -316,13 +330,13 @@ impl<E: Element> BatchNorm<E> {
     }
 
     /// All that a training forward pass asks of its arguments but for the lengths of tensors.
-    pub(crate) fn check_train(&self, affine: Affine<'_, E::Param>, saved: &Saved<E::Param>) -> Result<()> {
+    pub(crate) fn check_train(&self, affine: Affine<'_, E>, saved: &Saved<E::Param>) -> Result<()> {
         self.check_affine(affine)?;
         check_len("saved", self.shape.channels(), saved.channels())?;
         self.check_batch()
     }
 
-    fn train(&self, io: InOut<'_, E>, affine: Affine<'_, E::Param>, saved: &mut Saved<E::Param>) -> Result<()> {
+    fn train(&self, io: InOut<'_, E>, affine: Affine<'_, E>, saved: &mut Saved<E::Param>) -> Result<()> {
         self.check_train(affine, saved)?;
         let count = self.shape.count() as u64;
         let normalize = self.normalize_to(io, affine, LARGE);
@@ -338,7 +352,7 @@ impl<E: Element> BatchNorm<E> {
     pub fn forward_infer(
         &self,
         x: &[E],
-        affine: Affine<'_, E::Param>,
+        affine: Affine<'_, E>,
         population: Population<'_, E::Param>,
         y: &mut [E],
     ) -> Result<()> {
@@ -354,19 +368,14 @@ impl<E: Element> BatchNorm<E> {
     pub fn forward_infer_in_place(
         &self,
         x: &mut [E],
-        affine: Affine<'_, E::Param>,
+        affine: Affine<'_, E>,
         population: Population<'_, E::Param>,
     ) -> Result<()> {
         self.check_tensor("x", x)?;
         self.infer(InOut::in_place(x), affine, population)
     }
 
-    fn infer(
-        &self,
-        io: InOut<'_, E>,
-        affine: Affine<'_, E::Param>,
-        population: Population<'_, E::Param>,
-    ) -> Result<()> {
+    fn infer(&self, io: InOut<'_, E>, affine: Affine<'_, E>, population: Population<'_, E::Param>) -> Result<()> {
         self.check_affine(affine)?;
         self.check_population(population)?;
         let origin = Origin::Population { population, eps: self.eps };
@@ -374,7 +383,7 @@ impl<E: Element> BatchNorm<E> {
         Ok(())
     }
 
-    fn normalize_to<'a>(&self, io: InOut<'a, E>, affine: Affine<'a, E::Param>, large: usize) -> NormalizeTo<'a, E> {
+    fn normalize_to<'a>(&self, io: InOut<'a, E>, affine: Affine<'a, E>, large: usize) -> NormalizeTo<'a, E> {
         NormalizeTo { io, affine, streaming: self.streams(&io, large) }
     }
 
@@ -410,7 +419,7 @@ impl<E: Element> BatchNorm<E> {
         x: &[E],
         dy: &[E],
         saved: &Saved<E::Param>,
-        gamma: Option<&[E::Param]>,
+        affine: Affine<'_, E>,
         gradients: Gradients<'_, E>,
     ) -> Result<()> {
         let Gradients { dx, dgamma, dbeta } = gradients;
@@ -419,7 +428,7 @@ impl<E: Element> BatchNorm<E> {
             self.check_tensor("dx", dx)?;
         }
         let dx = dx.map(|dx| InOut::apart(dy, dx));
-        self.differentiate(x, Source::new(dy), dx, saved, gamma, dgamma, dbeta)
+        self.differentiate(x, Source::new(dy), dx, saved, affine, dgamma, dbeta)
     }
 
     /// [`BatchNorm::backward`] with dx written over `dy`.
@@ -431,24 +440,24 @@ impl<E: Element> BatchNorm<E> {
         x: &[E],
         dy: &mut [E],
         saved: &Saved<E::Param>,
-        gamma: Option<&[E::Param]>,
+        affine: Affine<'_, E>,
         dgamma: Option<&mut [E::Param]>,
         dbeta: Option<&mut [E::Param]>,
     ) -> Result<()> {
         self.check_tensor("dy", dy)?;
         let dx = InOut::in_place(dy);
-        self.differentiate(x, dx.from, Some(dx), saved, gamma, dgamma, dbeta)
+        self.differentiate(x, dx.from, Some(dx), saved, affine, dgamma, dbeta)
     }
 
     /// All that a backward pass asks of its arguments but for the lengths of tensors.
     pub(crate) fn check_backward(
         &self,
         saved: &Saved<E::Param>,
-        gamma: Option<&[E::Param]>,
+        affine: Affine<'_, E>,
         dgamma: Option<&[E::Param]>,
         dbeta: Option<&[E::Param]>,
     ) -> Result<()> {
-        self.check_channels("gamma", gamma)?;
+        self.check_affine(affine)?;
         self.check_channels("dgamma", dgamma)?;
         self.check_channels("dbeta", dbeta)?;
         self.check_batch()?;
@@ -467,15 +476,22 @@ impl<E: Element> BatchNorm<E> {
         dy: Source<'_, E>,
         dx: Option<InOut<'_, E>>,
         saved: &Saved<E::Param>,
-        gamma: Option<&[E::Param]>,
+        affine: Affine<'_, E>,
         dgamma: Option<&mut [E::Param]>,
         dbeta: Option<&mut [E::Param]>,
     ) -> Result<()> {
         self.check_tensor("x", x)?;
-        self.check_backward(saved, gamma, dgamma.as_deref(), dbeta.as_deref())?;
+        self.check_backward(saved, affine, dgamma.as_deref(), dbeta.as_deref())?;
         let count = self.shape.count() as u64;
         let x = Source::new(x);
-        let input = dx.map(|io| InputGradientTo { x, io, saved, gamma, count, streaming: self.streams(&io, LARGE) });
+        let input = dx.map(|io| InputGradientTo {
+            x,
+            io,
+            saved,
+            gamma: affine.gamma,
+            count,
+            streaming: self.streams(&io, LARGE),
+        });
         let (dgamma, dbeta) = (dgamma.map(Disjoint::new), dbeta.map(Disjoint::new));
         let out = AffineGradientsTo { accumulates: self.accumulates, renorm: saved.renorm.as_ref(), dgamma, dbeta };
         self.execute(Operation::Backward { x, dy, saved, input, out });
@@ -499,7 +515,7 @@ impl<E: Element> BatchNorm<E> {
     /// let mut saved = bn.saved();
     /// bn.freeze(Population { mean: &[0.0, 1.0], var: &[4.0, 4.0] }, &mut saved)?;
     /// bn.normalize(&x, Affine::none(), &saved, &mut y)?;
-    /// bn.backward(&x, &dy, &saved, None, Gradients { dx: Some(&mut dx), ..Default::default() })?;
+    /// bn.backward(&x, &dy, &saved, Affine::none(), Gradients { dx: Some(&mut dx), ..Default::default() })?;
     /// assert_eq!(dx, [0.5; 8]);
     /// # Ok::<(), batchnorm::Error>(())
     /// ```
@@ -523,7 +539,7 @@ impl<E: Element> BatchNorm<E> {
     /// [`Error::Length`] for any slice; [`Error::Variance`].
     pub fn scale_and_shift(
         &self,
-        affine: Affine<'_, E::Param>,
+        affine: Affine<'_, E>,
         population: Population<'_, E::Param>,
         scale: &mut [E::Param],
         shift: &mut [E::Param],
@@ -540,12 +556,7 @@ impl<E: Element> BatchNorm<E> {
     }
 
     /// Scale and shift of a channel at inference.
-    pub(crate) fn line(
-        &self,
-        affine: Affine<'_, E::Param>,
-        population: Population<'_, E::Param>,
-        c: usize,
-    ) -> (f64, f64) {
+    pub(crate) fn line(&self, affine: Affine<'_, E>, population: Population<'_, E::Param>, c: usize) -> (f64, f64) {
         let gamma = affine.gamma.map_or(1.0, |gamma| gamma[c].to_f64());
         let beta = affine.beta.map_or(0.0, |beta| beta[c].to_f64());
         let scale = gamma * inv_std(population.var[c].to_f64(), self.eps);
@@ -597,7 +608,7 @@ impl<E: Element> BatchNorm<E> {
     ///
     /// # Errors
     /// [`Error::Length`]; [`Error::MissingStatistics`].
-    pub fn normalize(&self, x: &[E], affine: Affine<'_, E::Param>, saved: &Saved<E::Param>, y: &mut [E]) -> Result<()> {
+    pub fn normalize(&self, x: &[E], affine: Affine<'_, E>, saved: &Saved<E::Param>, y: &mut [E]) -> Result<()> {
         self.check_tensor("x", x)?;
         self.check_tensor("y", y)?;
         self.normalize_io(InOut::apart(x, y), affine, saved)
@@ -607,12 +618,12 @@ impl<E: Element> BatchNorm<E> {
     ///
     /// # Errors
     /// As [`BatchNorm::normalize`].
-    pub fn normalize_in_place(&self, x: &mut [E], affine: Affine<'_, E::Param>, saved: &Saved<E::Param>) -> Result<()> {
+    pub fn normalize_in_place(&self, x: &mut [E], affine: Affine<'_, E>, saved: &Saved<E::Param>) -> Result<()> {
         self.check_tensor("x", x)?;
         self.normalize_io(InOut::in_place(x), affine, saved)
     }
 
-    fn normalize_io(&self, io: InOut<'_, E>, affine: Affine<'_, E::Param>, saved: &Saved<E::Param>) -> Result<()> {
+    fn normalize_io(&self, io: InOut<'_, E>, affine: Affine<'_, E>, saved: &Saved<E::Param>) -> Result<()> {
         self.check_affine(affine)?;
         self.check_saved(saved)?;
         let origin = Origin::Batch(saved);
@@ -647,13 +658,13 @@ impl<E: Element> BatchNorm<E> {
         x: &[E],
         dy: &[E],
         saved: &Saved<E::Param>,
-        gamma: Option<&[E::Param]>,
+        affine: Affine<'_, E>,
         sums: &[GradientSums],
         dx: &mut [E],
     ) -> Result<()> {
         self.check_tensor("dy", dy)?;
         self.check_tensor("dx", dx)?;
-        self.input_gradient_io(x, InOut::apart(dy, dx), saved, gamma, sums)
+        self.input_gradient_io(x, InOut::apart(dy, dx), saved, affine, sums)
     }
 
     /// [`BatchNorm::input_gradient`] with dx written over `dy`.
@@ -665,11 +676,11 @@ impl<E: Element> BatchNorm<E> {
         x: &[E],
         dy: &mut [E],
         saved: &Saved<E::Param>,
-        gamma: Option<&[E::Param]>,
+        affine: Affine<'_, E>,
         sums: &[GradientSums],
     ) -> Result<()> {
         self.check_tensor("dy", dy)?;
-        self.input_gradient_io(x, InOut::in_place(dy), saved, gamma, sums)
+        self.input_gradient_io(x, InOut::in_place(dy), saved, affine, sums)
     }
 
     fn input_gradient_io(
@@ -677,15 +688,15 @@ impl<E: Element> BatchNorm<E> {
         x: &[E],
         io: InOut<'_, E>,
         saved: &Saved<E::Param>,
-        gamma: Option<&[E::Param]>,
+        affine: Affine<'_, E>,
         sums: &[GradientSums],
     ) -> Result<()> {
         self.check_tensor("x", x)?;
-        self.check_channels("gamma", gamma)?;
+        self.check_affine(affine)?;
         self.check_channels("sums", Some(sums))?;
         self.check_saved(saved)?;
         let (x, streaming) = (Source::new(x), self.streams(&io, LARGE_ALONE));
-        let input = InputGradientTo { x, io, saved, gamma, count: saved.count, streaming };
+        let input = InputGradientTo { x, io, saved, gamma: affine.gamma, count: saved.count, streaming };
         self.execute(Operation::InputGradient { input, sums });
         Ok(())
     }

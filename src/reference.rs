@@ -309,7 +309,7 @@ pub fn affine_gradients<P: Real>(sums: &[GradientSums], saved: &Saved<P>) -> (Ve
 fn affine_map<E: Element>(
     shape: &Shape,
     x: &[E],
-    affine: Affine<'_, E::Param>,
+    affine: Affine<'_, E>,
     statistics: impl Fn(usize) -> (E::Param, f64, f64),
     renorm: Option<&Renorm<E::Param>>,
 ) -> Vec<E> {
@@ -333,7 +333,7 @@ fn affine_map<E: Element>(
 }
 
 /// `y`, as [`BatchNorm::normalize`](crate::BatchNorm::normalize).
-pub fn normalize<E: Element>(shape: &Shape, x: &[E], affine: Affine<'_, E::Param>, saved: &Saved<E::Param>) -> Vec<E> {
+pub fn normalize<E: Element>(shape: &Shape, x: &[E], affine: Affine<'_, E>, saved: &Saved<E::Param>) -> Vec<E> {
     let statistics = |c: usize| (saved.mean[c], saved.residue[c].to_f64(), saved.inv_std[c].to_f64());
     affine_map(shape, x, affine, statistics, saved.renorm.as_ref())
 }
@@ -342,7 +342,7 @@ pub fn normalize<E: Element>(shape: &Shape, x: &[E], affine: Affine<'_, E::Param
 pub fn forward_infer<E: Element>(
     shape: &Shape,
     x: &[E],
-    affine: Affine<'_, E::Param>,
+    affine: Affine<'_, E>,
     population: Population<'_, E::Param>,
     eps: f64,
 ) -> Vec<E> {
@@ -399,7 +399,7 @@ pub fn input_gradient<E: Element>(
     x: &[E],
     dy: &[E],
     saved: &Saved<E::Param>,
-    gamma: Option<&[E::Param]>,
+    affine: Affine<'_, E>,
     sums: &[GradientSums],
 ) -> Vec<E> {
     let count = saved.count as f64;
@@ -407,7 +407,7 @@ pub fn input_gradient<E: Element>(
         let c = channel_of(shape, i);
         let inv_std = saved.inv_std[c].to_f64();
         let corrected = saved.renorm.as_ref().map_or(1.0, |renorm| renorm.r[c].to_f64());
-        let scale = gamma.map_or(1.0, |gamma| gamma[c].to_f64()) * corrected * inv_std;
+        let scale = affine.gamma.map_or(1.0, |gamma| gamma[c].to_f64()) * corrected * inv_std;
         if saved.frozen {
             return E::from_param(dy[i].to_param() * E::Param::from_f64_saturating(scale));
         }

@@ -60,7 +60,7 @@ fn check<E: Element>(shape: Shape, tier: Tier, parallelism: Parallelism) {
             &x,
             &dy,
             &saved,
-            Some(&gamma),
+            Affine::scale(&gamma),
             Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) },
         )
         .unwrap();
@@ -68,7 +68,7 @@ fn check<E: Element>(shape: Shape, tier: Tier, parallelism: Parallelism) {
         bn.moments(&x, &mut moments).unwrap();
         bn.normalize(&x, affine, &saved, &mut y).unwrap();
         bn.gradient_sums(&x, &dy, &saved, &mut sums).unwrap();
-        bn.input_gradient(&x, &dy, &saved, Some(&gamma), &sums, &mut dx).unwrap();
+        bn.input_gradient(&x, &dy, &saved, Affine::scale(&gamma), &sums, &mut dx).unwrap();
         bn.forward_train_in_place(&mut x, affine, &mut saved).unwrap();
     };
     assert_eq!(allocations(&mut all), 0, "first calls, {shape:?} on {tier}, {parallelism:?}");

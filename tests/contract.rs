@@ -140,7 +140,7 @@ fn calls<E: Element>() -> Vec<Call<E>> {
             |bn, a| {
                 let gradients =
                     Gradients { dx: Some(&mut a.dx), dgamma: Some(&mut a.dgamma), dbeta: Some(&mut a.dbeta) };
-                bn.backward(&a.x, &a.dy, &a.saved, Some(&a.gamma), gradients)
+                bn.backward(&a.x, &a.dy, &a.saved, Affine::scale(&a.gamma), gradients)
             },
             &["x", "dy", "saved", "gamma", "dx", "dgamma", "dbeta"],
             true,
@@ -150,7 +150,7 @@ fn calls<E: Element>() -> Vec<Call<E>> {
             "backward_in_place",
             |bn, a| {
                 let (dgamma, dbeta) = (Some(&mut a.dgamma[..]), Some(&mut a.dbeta[..]));
-                bn.backward_in_place(&a.x, &mut a.dy, &a.saved, Some(&a.gamma), dgamma, dbeta)
+                bn.backward_in_place(&a.x, &mut a.dy, &a.saved, Affine::scale(&a.gamma), dgamma, dbeta)
             },
             &["x", "dy", "saved", "gamma", "dgamma", "dbeta"],
             true,
@@ -198,14 +198,14 @@ fn calls<E: Element>() -> Vec<Call<E>> {
         ),
         call(
             "input_gradient",
-            |bn, a| bn.input_gradient(&a.x, &a.dy, &a.saved, Some(&a.gamma), &a.sums, &mut a.dx),
+            |bn, a| bn.input_gradient(&a.x, &a.dy, &a.saved, Affine::scale(&a.gamma), &a.sums, &mut a.dx),
             &["x", "dy", "saved", "gamma", "sums", "dx"],
             false,
             true,
         ),
         call(
             "input_gradient_in_place",
-            |bn, a| bn.input_gradient_in_place(&a.x, &mut a.dy, &a.saved, Some(&a.gamma), &a.sums),
+            |bn, a| bn.input_gradient_in_place(&a.x, &mut a.dy, &a.saved, Affine::scale(&a.gamma), &a.sums),
             &["x", "dy", "saved", "gamma", "sums"],
             false,
             true,
@@ -388,7 +388,7 @@ where
 
         let (mut dx, mut dgamma, mut dbeta) = (y, beta.clone(), beta);
         let gradients = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
-        bn.backward(&x, &dy, &saved, Some(&gamma), gradients).unwrap();
+        bn.backward(&x, &dy, &saved, Affine::scale(&gamma), gradients).unwrap();
         assert!(dx.iter().all(|&dx| dx == E::default()), "dx of one value: {dx:?}");
         assert!(dgamma.iter().all(|&dgamma| dgamma == E::Param::default()), "{dgamma:?}");
         assert_bits("dbeta is dy", &dbeta, &dy.iter().map(|dy| dy.to_param()).collect::<Vec<_>>());
@@ -436,7 +436,7 @@ where
             if eps == 0.0 {
                 let (dy, mut dx) = (Data::Normal.fill::<E>(x.len(), 7), y);
                 let gradients = Gradients { dx: Some(&mut dx), ..Default::default() };
-                bn.backward(&x, &dy, &saved, Some(&gamma), gradients).unwrap();
+                bn.backward(&x, &dy, &saved, Affine::scale(&gamma), gradients).unwrap();
                 assert!(dx.iter().all(|&dx| dx == E::default()), "dx of constant {constant} without eps");
             }
         }
@@ -622,7 +622,7 @@ fn one_plan_serves_many_threads() {
             let (mut dgamma, mut dbeta) = (vec![0.0; shape.channels()], vec![0.0; shape.channels()]);
             bn.forward_train(&x, Affine::none(), &mut y, &mut saved).unwrap();
             let gradients = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
-            bn.backward(&x, &dy, &saved, None, gradients).unwrap();
+            bn.backward(&x, &dy, &saved, Affine::none(), gradients).unwrap();
             [y, dx, dgamma, dbeta, saved.mean().to_vec(), saved.inv_std().to_vec()]
         };
         let alone = BatchNorm::new(shape).unwrap().with_parallelism(Parallelism::Sequential);

@@ -43,9 +43,9 @@ impl Signal {
         let (long, taps) =
             if self.transposed { (length + self.taps - 1, self.taps) } else { (length + 1 - self.taps, self.taps) };
         let mut y = Vec::new();
-        for output in 0..self.outputs {
+        for (output, bias) in bias.iter().enumerate() {
             for at in 0..long {
-                let mut sum = bias[output].to_f64();
+                let mut sum = bias.to_f64();
                 for input in 0..self.inputs {
                     for tap in 0..taps {
                         let from = if self.transposed { at.checked_sub(tap) } else { Some(at + tap) };

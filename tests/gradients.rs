@@ -38,13 +38,13 @@ struct Run<E: Element> {
     saved: Saved<E::Param>,
 }
 
-fn run<E: Element>(bn: &BatchNorm<E>, x: &[E], dy: &[E], affine: Affine<'_, E::Param>) -> Run<E> {
+fn run<E: Element>(bn: &BatchNorm<E>, x: &[E], dy: &[E], affine: Affine<'_, E>) -> Run<E> {
     let params = || vec![E::Param::default(); bn.shape().channels()];
     let (y, dx) = (vec![E::default(); x.len()], vec![E::default(); x.len()]);
     let mut run = Run { y, dx, dgamma: params(), dbeta: params(), saved: bn.saved() };
     bn.forward_train(x, affine, &mut run.y, &mut run.saved).unwrap();
     let (dgamma, dbeta) = (Some(&mut run.dgamma[..]), Some(&mut run.dbeta[..]));
-    bn.backward(x, dy, &run.saved, affine.gamma, Gradients { dx: Some(&mut run.dx), dgamma, dbeta }).unwrap();
+    bn.backward(x, dy, &run.saved, affine, Gradients { dx: Some(&mut run.dx), dgamma, dbeta }).unwrap();
     run
 }
 
@@ -235,7 +235,7 @@ fn any_subset_has_the_same_bits() {
                     dgamma: (subset & 2 != 0).then_some(&mut dgamma[..]),
                     dbeta: (subset & 4 != 0).then_some(&mut dbeta[..]),
                 };
-                bn.backward(&x, &dy, &all.saved, Some(&gamma), gradients).unwrap();
+                bn.backward(&x, &dy, &all.saved, Affine::scale(&gamma), gradients).unwrap();
                 let what = |name: &str| format!("{name} of subset {subset:03b} on {shape:?}");
                 assert_bits(&what("dx"), &dx, if subset & 1 != 0 { &all.dx } else { &dy });
                 assert_bits(&what("dgamma"), &dgamma, if subset & 2 != 0 { &all.dgamma } else { &gamma });
@@ -287,7 +287,7 @@ fn in_shards<E: Element>(
     for (bn, range) in &shards {
         let (x, dy) = (&x[range.clone()], &dy[range.clone()]);
         bn.normalize(x, Affine::new(gamma, beta), &saved, &mut y[range.clone()]).unwrap();
-        bn.input_gradient(x, dy, &saved, Some(gamma), &sums, &mut dx[range.clone()]).unwrap();
+        bn.input_gradient(x, dy, &saved, Affine::scale(gamma), &sums, &mut dx[range.clone()]).unwrap();
     }
     let dgamma = sums.iter().map(|s| E::Param::from_f64(s.dy_xhat)).collect();
     let dbeta = sums.iter().map(|s| E::Param::from_f64(s.dy)).collect();

@@ -125,13 +125,13 @@ where
 
         let (mut dx, mut dgamma, mut dbeta) = (x.clone(), gamma.clone(), beta.clone());
         let gradients = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
-        bn.backward(&x, &dy, &saved, Some(&gamma), gradients).unwrap();
+        bn.backward(&x, &dy, &saved, Affine::scale(&gamma), gradients).unwrap();
         is("dx", &dx, DX);
         are("dgamma", &dgamma, DGAMMA);
         are("dbeta", &dbeta, DBETA);
         // Without gamma, dx lacks the factors 2 and -4.
         let gradients = Gradients { dx: Some(&mut dx), ..Default::default() };
-        bn.backward(&x, &dy, &saved, None, gradients).unwrap();
+        bn.backward(&x, &dy, &saved, Affine::none(), gradients).unwrap();
         is("dx without gamma", &dx, [[0.3125, -0.21875, -0.25, 0.15625], [0.09375, -0.78125, 0.75, -0.0625]]);
 
         // Variances 3.5 and 15.5 again, means 1 and 102: factors 2 * 1/2 = 1 and -4 * 1/4 = -1.
@@ -189,7 +189,7 @@ where
         for (i, x) in x.chunks(4).enumerate() {
             let at = 4 * i..4 * i + 4;
             bn.normalize(x, Affine::new(&gamma, &beta), &saved, &mut y[at.clone()]).unwrap();
-            bn.input_gradient(x, &dy[at.clone()], &saved, Some(&gamma), &total, &mut dx[at]).unwrap();
+            bn.input_gradient(x, &dy[at.clone()], &saved, Affine::scale(&gamma), &total, &mut dx[at]).unwrap();
         }
         assert_bits("y", &y, &form.lay(Y));
         assert_bits("dx", &dx, &form.lay(DX));
@@ -285,7 +285,7 @@ fn a_mean_between_two_floats() {
     // in 512ths 128 * (dy - 0.5) - 8*xhat.
     let (mut dx, mut dgamma, mut dbeta) = ([0.0; 4], [0.0], [0.0]);
     let gradients = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
-    bn.backward(&x, &[1.0, 0.0, 0.0, 1.0], &saved, None, gradients).unwrap();
+    bn.backward(&x, &[1.0, 0.0, 0.0, 1.0], &saved, Affine::none(), gradients).unwrap();
     assert_eq!((dgamma, dbeta), ([0.25], [2.0]));
     assert_eq!(dx.map(|dx| dx * 512.0), [69.0, -67.0, -59.0, 57.0]);
 }

@@ -41,7 +41,7 @@ impl<E: Bits> Args<E> {
         }
     }
 
-    fn affine(&self) -> Affine<'_, E::Param> {
+    fn affine(&self) -> Affine<'_, E> {
         Affine::new(&self.gamma, &self.beta)
     }
 
@@ -104,24 +104,24 @@ where
     let sums = reference::gradient_sums(&cell.shape, &args.x, &args.dy, &saved);
     assert_bits(
         "dx of the reference",
-        &reference::input_gradient(&cell.shape, &args.x, &args.dy, &saved, Some(&args.gamma), &sums),
+        &reference::input_gradient(&cell.shape, &args.x, &args.dy, &saved, args.affine(), &sums),
         &expected,
     );
     let (mut dx, mut dgamma, mut dbeta) = (args.blank(), args.params(0.0), args.params(0.0));
     let all = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
-    bn.backward(&args.x, &args.dy, &saved, Some(&args.gamma), all).unwrap();
+    bn.backward(&args.x, &args.dy, &saved, args.affine(), all).unwrap();
     assert_bits("dx", &dx, &expected);
     assert_bits("dgamma", &dgamma, &params(&sums, |sums| sums.dy_xhat));
     assert_bits("dbeta", &dbeta, &params(&sums, |sums| sums.dy));
     let mut dx = args.blank();
     let alone = Gradients { dx: Some(&mut dx), ..Default::default() };
-    bn.backward(&args.x, &args.dy, &saved, Some(&args.gamma), alone).unwrap();
+    bn.backward(&args.x, &args.dy, &saved, args.affine(), alone).unwrap();
     assert_bits("dx alone", &dx, &expected);
     let mut dx = args.dy.clone();
-    bn.backward_in_place(&args.x, &mut dx, &saved, Some(&args.gamma), None, None).unwrap();
+    bn.backward_in_place(&args.x, &mut dx, &saved, args.affine(), None, None).unwrap();
     assert_bits("dx in place", &dx, &expected);
     let mut dx = args.blank();
-    bn.input_gradient(&args.x, &args.dy, &saved, Some(&args.gamma), &sums, &mut dx).unwrap();
+    bn.input_gradient(&args.x, &args.dy, &saved, args.affine(), &sums, &mut dx).unwrap();
     assert_bits("input_gradient", &dx, &expected);
 
     // A batch makes them its own again.
@@ -143,14 +143,14 @@ where
     let (mut dgamma_then, mut dbeta_then) = (dgamma.clone(), dbeta.clone());
     for _ in 0..2 {
         let all = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
-        bn.backward(&args.x, &args.dy, &saved, Some(&args.gamma), all).unwrap();
+        bn.backward(&args.x, &args.dy, &saved, args.affine(), all).unwrap();
         for (c, sums) in sums.iter().enumerate() {
             dgamma_then[c] = E::Param::from_f64(dgamma_then[c].to_f64() + sums.dy_xhat);
             dbeta_then[c] = E::Param::from_f64(dbeta_then[c].to_f64() + sums.dy);
         }
         assert_bits("dgamma", &dgamma, &dgamma_then);
         assert_bits("dbeta", &dbeta, &dbeta_then);
-        let expected = reference::input_gradient(&cell.shape, &args.x, &args.dy, &saved, Some(&args.gamma), &sums);
+        let expected = reference::input_gradient(&cell.shape, &args.x, &args.dy, &saved, args.affine(), &sums);
         assert_bits("dx", &dx, &expected);
     }
 }
@@ -180,16 +180,16 @@ where
     assert_bits("y in halves", &y, &then);
 
     let sums = reference::gradient_sums(&cell.shape, &args.x, &args.dy, &saved);
-    let dx_then = reference::input_gradient(&cell.shape, &args.x, &args.dy, &saved, Some(&args.gamma), &sums);
+    let dx_then = reference::input_gradient(&cell.shape, &args.x, &args.dy, &saved, args.affine(), &sums);
     let (dgamma_then, dbeta_then) = reference::affine_gradients(&sums, &saved);
     let (mut dx, mut dgamma, mut dbeta) = (args.blank(), args.params(0.0), args.params(0.0));
     let all = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
-    bn.backward(&args.x, &args.dy, &saved, Some(&args.gamma), all).unwrap();
+    bn.backward(&args.x, &args.dy, &saved, args.affine(), all).unwrap();
     assert_bits("dx", &dx, &dx_then);
     assert_bits("dgamma", &dgamma, &dgamma_then);
     assert_bits("dbeta", &dbeta, &dbeta_then);
     let mut dx = args.blank();
-    bn.input_gradient(&args.x, &args.dy, &saved, Some(&args.gamma), &sums, &mut dx).unwrap();
+    bn.input_gradient(&args.x, &args.dy, &saved, args.affine(), &sums, &mut dx).unwrap();
     assert_bits("dx in halves", &dx, &dx_then);
 
     saved.do_not_renormalize();
@@ -214,7 +214,7 @@ where
         let (mut saved, mut dgamma, mut dbeta) = (ghost.saved(), args.params(9.0), args.params(9.0));
         ghost.forward_train(&args.x, args.affine(), &mut y, &mut saved).unwrap();
         let all = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
-        ghost.backward(&args.x, &args.dy, &saved, Some(&args.gamma), all).unwrap();
+        ghost.backward(&args.x, &args.dy, &saved, args.affine(), all).unwrap();
         let (mut dgamma_then, mut dbeta_then) = (args.params(0.0), args.params(0.0));
         for (g, part) in (0..n).step_by(samples).enumerate() {
             let size = samples.min(n - part);
@@ -225,7 +225,7 @@ where
             assert_bits("mean", saved[g].mean(), of_part.mean());
             assert_bits("y", &y[range.clone()], &reference::normalize(&shape, x, args.affine(), &of_part));
             let sums = reference::gradient_sums(&shape, x, dy, &of_part);
-            let expected = reference::input_gradient(&shape, x, dy, &of_part, Some(&args.gamma), &sums);
+            let expected = reference::input_gradient(&shape, x, dy, &of_part, args.affine(), &sums);
             assert_bits("dx", &dx[range], &expected);
             for (c, sums) in sums.iter().enumerate() {
                 dgamma_then[c] = E::Param::from_f64(dgamma_then[c].to_f64() + sums.dy_xhat);
@@ -238,8 +238,7 @@ where
         ghost.forward_train_in_place(&mut in_place, args.affine(), &mut saved).unwrap();
         assert_bits("y in place", &in_place, &y);
         let (mut in_place, mut dgamma) = (args.dy.clone(), args.params(9.0));
-        let gamma = Some(&args.gamma[..]);
-        ghost.backward_in_place(&args.x, &mut in_place, &saved, gamma, Some(&mut dgamma), None).unwrap();
+        ghost.backward_in_place(&args.x, &mut in_place, &saved, args.affine(), Some(&mut dgamma), None).unwrap();
         assert_bits("dx in place", &in_place, &dx);
         assert_bits("dgamma in place", &dgamma, &dgamma_then);
     }
@@ -265,10 +264,10 @@ fn virtual_batches_are_checked_before_any_is_written() {
     saved[2] = saved[0].clone();
     let (mut dx, mut dgamma) = ([7.0; 10], [3.0; 2]);
     let gradients = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: None };
-    assert_eq!(ghost.backward(&x, &dy, &saved, None, gradients), Err(Error::Shards { expected: 1, got: 2 }));
+    assert_eq!(ghost.backward(&x, &dy, &saved, Affine::none(), gradients), Err(Error::Shards { expected: 1, got: 2 }));
     saved[2] = Saved::new(2);
     let gradients = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: None };
-    assert_eq!(ghost.backward(&x, &dy, &saved, None, gradients), Err(Error::MissingStatistics));
+    assert_eq!(ghost.backward(&x, &dy, &saved, Affine::none(), gradients), Err(Error::MissingStatistics));
     assert_eq!((dx, dgamma), ([7.0; 10], [3.0; 2]));
     let empty = BatchNorm::<f32>::new(Shape::nc(0, 2).unwrap()).unwrap().ghost(2).unwrap();
     let refused = empty.forward_train(&[], Affine::none(), &mut [], &mut empty.saved());
@@ -291,7 +290,7 @@ fn renormalization_follows_the_paper() {
     bn.forward_train(&x, Affine::new(&gamma, &beta), &mut y, &mut saved).unwrap();
     let (mut dx, mut dgamma, mut dbeta) = (vec![0.0; n * c], [0.0; 4], [0.0; 4]);
     let all = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
-    bn.backward(&x, &dy, &saved, Some(&gamma), all).unwrap();
+    bn.backward(&x, &dy, &saved, Affine::scale(&gamma), all).unwrap();
 
     let near = |got: f64, expected: f64| assert!((got - expected).abs() < 1e-11, "{got} against {expected}");
     for k in 0..c {
@@ -301,8 +300,8 @@ fn renormalization_follows_the_paper() {
         let mu = average(&mut x.iter().copied());
         let sigma = (average(&mut x.iter().map(|x| (x - mu) * (x - mu))) + EPS).sqrt();
         let of_population = (var[k] + EPS).sqrt();
-        let r = (sigma / of_population).max(0.5).min(2.0);
-        let d = ((mu - mean[k]) / of_population).max(-3.0).min(3.0);
+        let r = (sigma / of_population).clamp(0.5, 2.0);
+        let d = ((mu - mean[k]) / of_population).clamp(-3.0, 3.0);
         let xhat: Vec<f64> = x.iter().map(|x| (x - mu) / sigma).collect();
         let g: Vec<f64> = dy.iter().map(|dy| dy * gamma[k] * r).collect();
         let (g_mean, gx_mean) = (average(&mut g.iter().copied()), average(&mut (0..n).map(|i| g[i] * xhat[i])));
@@ -340,10 +339,13 @@ fn renormalization_is_scheduled_and_checked() {
     assert_eq!(saved, before);
 }
 
+/// The name of an element type, and a check on it.
+type Check = (&'static str, fn(Cell));
+
 /// A variant with its check for each element type.
 struct Variant {
     name: &'static str,
-    checks: Vec<(&'static str, fn(Cell))>,
+    checks: Vec<Check>,
 }
 
 macro_rules! registry {

@@ -301,7 +301,7 @@ impl<E: Tested> Case<E> {
         len == self.bn.shape().channels()
     }
 
-    fn affine(&self) -> Affine<'_, E::Param> {
+    fn affine(&self) -> Affine<'_, E> {
         Affine { gamma: self.gamma.as_deref(), beta: self.beta.as_deref() }
     }
 
@@ -382,12 +382,19 @@ fn check_backward<E: Tested>(case: &Case<E>, input: &Input<'_>) {
         dgamma: out_gamma.as_deref_mut(),
         dbeta: out_beta.as_deref_mut(),
     };
-    let result = bn.backward(x, dy, saved, gamma, gradients);
+    let result = bn.backward(x, dy, saved, Affine { gamma, ..Affine::none() }, gradients);
     let untouched = same_bits(&dx, &case.y) && same(&out_gamma, &dgamma) && same(&out_beta, &dbeta);
     judge("backward", result, allowed && (!asks_dx || dx_fits), untouched);
 
     let (mut dx, mut out_gamma, mut out_beta) = (dy.clone(), dgamma.clone(), dbeta.clone());
-    let result = bn.backward_in_place(x, &mut dx, saved, gamma, out_gamma.as_deref_mut(), out_beta.as_deref_mut());
+    let result = bn.backward_in_place(
+        x,
+        &mut dx,
+        saved,
+        Affine { gamma, ..Affine::none() },
+        out_gamma.as_deref_mut(),
+        out_beta.as_deref_mut(),
+    );
     let untouched = same_bits(&dx, dy) && same(&out_gamma, &dgamma) && same(&out_beta, &dbeta);
     judge("backward_in_place", result, allowed, untouched);
 
@@ -398,10 +405,10 @@ fn check_backward<E: Tested>(case: &Case<E>, input: &Input<'_>) {
     judge("gradient_sums", result, allowed, same_bits(&sums_parts(&out), &sums_parts(sums)));
 
     let mut dx = case.y.clone();
-    let result = bn.input_gradient(x, dy, saved, gamma, sums, &mut dx);
+    let result = bn.input_gradient(x, dy, saved, Affine { gamma, ..Affine::none() }, sums, &mut dx);
     judge("input_gradient", result, shared && sums_fit && dx_fits, same_bits(&dx, &case.y));
     let mut dx = dy.clone();
-    let result = bn.input_gradient_in_place(x, &mut dx, saved, gamma, sums);
+    let result = bn.input_gradient_in_place(x, &mut dx, saved, Affine { gamma, ..Affine::none() }, sums);
     judge("input_gradient_in_place", result, shared && sums_fit, same_bits(&dx, dy));
 }
 

@@ -3,7 +3,7 @@
 #![no_main]
 
 use arbitrary::Arbitrary;
-use batchnorm::{BatchNorm, Error, GradientSums, Gradients, Real, Saved, reference};
+use batchnorm::{Affine, BatchNorm, Error, GradientSums, Gradients, Real, Saved, reference};
 use batchnorm_fuzz::{Foreign, Placed, Setting, Tested, Values, assert_bits, sums_parts, with_element};
 use libfuzzer_sys::fuzz_target;
 
@@ -48,7 +48,7 @@ fn check<E: Tested>(input: &Input<'_>) {
     let x = x.fill::<E>(bytes, 0, shape.len());
     let dy = dy.fill::<E>(bytes, 7, shape.len());
     let params = setting.affine::<E::Param>(bytes);
-    let gamma = params.get().gamma;
+    let gamma = params.get::<E>().gamma;
 
     let own = || reference::finish(&reference::moments(&shape, &x), setting.eps());
     let saved = foreign.map_or_else(own, |foreign| foreign.saved(setting, bytes));
@@ -57,7 +57,7 @@ fn check<E: Tested>(input: &Input<'_>) {
         setting,
         subset: *subset,
         gamma,
-        dx: reference::input_gradient(&shape, &x, &dy, &saved, gamma, &sums),
+        dx: reference::input_gradient(&shape, &x, &dy, &saved, Affine { gamma, ..Affine::none() }, &sums),
         dgamma: sums.iter().map(|s| E::Param::from_f64(s.dy_xhat)).collect(),
         dbeta: sums.iter().map(|s| E::Param::from_f64(s.dy)).collect(),
         x: setting.placed(&x),
@@ -77,10 +77,10 @@ fn check_plan<E: Tested>(bn: &BatchNorm<E>, case: &Case<'_, E>) {
     bn.gradient_sums(x, dy, saved, &mut sums).unwrap();
     assert_bits("gradient_sums", tier, &sums_parts(&sums), &sums_parts(&case.sums));
     let mut dx = room();
-    bn.input_gradient(x, dy, saved, gamma, &sums, dx.get_mut()).unwrap();
+    bn.input_gradient(x, dy, saved, Affine { gamma, ..Affine::none() }, &sums, dx.get_mut()).unwrap();
     assert_bits("input_gradient", tier, dx.get(), &case.dx);
     let mut dx = case.setting.placed(dy);
-    bn.input_gradient_in_place(x, dx.get_mut(), saved, gamma, &sums).unwrap();
+    bn.input_gradient_in_place(x, dx.get_mut(), saved, Affine { gamma, ..Affine::none() }, &sums).unwrap();
     assert_bits("input_gradient_in_place", tier, dx.get(), &case.dx);
 
     let all = Subset { dx: true, dgamma: true, dbeta: true };
@@ -95,7 +95,7 @@ fn check_plan<E: Tested>(bn: &BatchNorm<E>, case: &Case<'_, E>) {
             dgamma: out_dgamma.as_mut().map(Placed::get_mut),
             dbeta: out_dbeta.as_mut().map(Placed::get_mut),
         };
-        let result = bn.backward(x, dy, saved, gamma, gradients);
+        let result = bn.backward(x, dy, saved, Affine { gamma, ..Affine::none() }, gradients);
         check_gradients("backward", bn, case, result, &out_dx, [&out_dgamma, &out_dbeta]);
 
         let (mut out_dx, (mut out_dgamma, mut out_dbeta)) = (Some(case.setting.placed(dy)), outputs());
@@ -103,7 +103,7 @@ fn check_plan<E: Tested>(bn: &BatchNorm<E>, case: &Case<'_, E>) {
             x,
             out_dx.as_mut().map(Placed::get_mut).unwrap(),
             saved,
-            gamma,
+            Affine { gamma, ..Affine::none() },
             out_dgamma.as_mut().map(Placed::get_mut),
             out_dbeta.as_mut().map(Placed::get_mut),
         );

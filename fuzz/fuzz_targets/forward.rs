@@ -21,7 +21,7 @@ fuzz_target!(|input: Input<'_>| with_element!(input.setting.kind, check(&input))
 /// The arguments of all calls, and what the reference makes of them.
 struct Case<'a, E: Tested> {
     setting: &'a Setting,
-    affine: Affine<'a, E::Param>,
+    affine: Affine<'a, E>,
     x: Placed<E>,
     population: Population<'a, E::Param>,
     foreign: Saved<E::Param>,
