@@ -389,14 +389,19 @@ fn every_variant_on_every_type_layout_and_tier() {
         layouts.each_ref().map(|layout| layout.0).join(", "),
         tiers().iter().map(|tier| tier.to_string()).collect::<Vec<_>>().join(", ")
     );
+    let mut failed = Vec::new();
     for Variant { name, checks } in registry() {
-        for &(_, check) in &checks {
-            for (_, shape) in layouts.clone() {
+        for &(element, check) in &checks {
+            for (layout, shape) in layouts.clone() {
                 for tier in tiers() {
-                    check(Cell { shape: shape.clone().unwrap(), tier });
+                    let cell = Cell { shape: shape.clone().unwrap(), tier };
+                    if std::panic::catch_unwind(|| check(cell)).is_err() {
+                        failed.push(format!("{name}: {element}, {layout}, {tier}"));
+                    }
                 }
             }
         }
         println!("{name:24} {}", checks.iter().map(|check| check.0).collect::<Vec<_>>().join(" "));
     }
+    assert!(failed.is_empty(), "{failed:#?}");
 }
