@@ -47,14 +47,24 @@ fn kernels(criterion: &mut Criterion) {
         });
         group.bench_function(BenchmarkId::from_parameter("backward"), |bench| {
             bench.iter(|| {
-                let gradients = Gradients { dx: Some(&mut out), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
+                let gradients = Gradients {
+                    dx: Some(&mut out),
+                    dgamma: Some(&mut dgamma),
+                    dbeta: Some(&mut dbeta),
+                    ..Default::default()
+                };
                 bn.backward(&x, &dy, &saved, Affine::scale(&gamma), gradients)
             });
         });
         bn.freeze(population, &mut saved).expect("statistics of the bench");
         group.bench_function(BenchmarkId::from_parameter("backward, frozen"), |bench| {
             bench.iter(|| {
-                let gradients = Gradients { dx: Some(&mut out), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
+                let gradients = Gradients {
+                    dx: Some(&mut out),
+                    dgamma: Some(&mut dgamma),
+                    dbeta: Some(&mut dbeta),
+                    ..Default::default()
+                };
                 bn.backward(&x, &dy, &saved, Affine::scale(&gamma), gradients)
             });
         });

@@ -239,7 +239,12 @@ fn run<E: Element>(
                     bn.forward_infer(&x, Affine::new(&ones, &zeros), population, out)
                 }
                 _ => {
-                    let gradients = Gradients { dx: Some(out), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
+                    let gradients = Gradients {
+                        dx: Some(out),
+                        dgamma: Some(&mut dgamma),
+                        dbeta: Some(&mut dbeta),
+                        ..Default::default()
+                    };
                     bn.backward(&x, &dy, &saved, Affine::scale(&ones), gradients)
                 }
             };

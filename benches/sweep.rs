@@ -73,7 +73,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     bn.forward_train(&x, affine, &mut y, &mut saved).expect("a call of the bench")
                 });
                 record("backward", name, &mut || {
-                    let gradients = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
+                    let gradients = Gradients {
+                        dx: Some(&mut dx),
+                        dgamma: Some(&mut dgamma),
+                        dbeta: Some(&mut dbeta),
+                        ..Default::default()
+                    };
                     bn.backward(&x, &dy, &saved, Affine::scale(&gamma), gradients).expect("a call of the bench");
                 });
                 record("inference", name, &mut || {

@@ -3,55 +3,73 @@
 use core::ops::Range;
 
 use crate::element::{Element, Real};
-use crate::forward::each;
-use crate::grid::{Band, InOut, Runs, Source};
-use crate::kernel::gradient;
+use crate::forward::{each, lines};
+use crate::grid::{Band, Disjoint, InOut, Runs, Source};
+use crate::kernel::gradient::{self, Gated, Upstream};
 use crate::kernel::map::{Map, Target};
 use crate::kernel::sums::{Columns, RowBlock, RunSums};
 use crate::moments::{Keep, MergeWeights, Saved};
 use crate::pass::{Application, BATCH, Each, Reduction};
+use crate::plan::Affine;
 use crate::simd::Isa;
 
 /// The gradient sums of each channel.
-pub(crate) struct GradientSumsOf<'a, E: Element, O> {
+pub(crate) struct GradientSumsOf<'a, E: Element, U, O, const K: usize> {
     pub(crate) x: Source<'a, E>,
-    pub(crate) dy: Source<'a, E>,
+    pub(crate) upstream: U,
+    pub(crate) affine: Affine<'a, E>,
     pub(crate) saved: &'a Saved<E::Param>,
     pub(crate) out: O,
 }
 
-impl<E: Element, O: Keep<2>> Reduction<E, 2> for GradientSumsOf<'_, E, O> {
+impl<E: Element, U, O, const K: usize> GradientSumsOf<'_, E, U, O, K> {
+    /// The parameters of a channel, see [`gradient::of_rows`].
+    fn params(&self, c: usize) -> [E::Param; K] {
+        let mut params = [E::Param::default(); K];
+        (params[0], params[1]) = (self.saved.mean[c], self.saved.inv_std[c]);
+        if K > 2 {
+            let [_, scale, shift] = lines(self.affine, c..c + 1, &self.saved.statistics(c..c + 1));
+            (params[K - 2], params[K - 1]) = (scale[0], shift[0]);
+        }
+        params
+    }
+}
+
+impl<E, U, O, const K: usize> Reduction<E, 2> for GradientSumsOf<'_, E, U, O, K>
+where
+    E: Element,
+    U: Upstream<E>,
+    O: Keep<2>,
+{
     type Closed = [Each<f64>; 2];
-    type Block<I: Isa> = gradient::Block<I, E>;
+    type Block<I: Isa> = gradient::Block<I, E, K>;
 
     #[inline(always)]
-    fn blank<I: Isa>(&self, isa: I) -> gradient::Block<I, E> {
-        RunSums::new(isa, [E::Param::default(); 2])
+    fn blank<I: Isa>(&self, isa: I) -> gradient::Block<I, E, K> {
+        RunSums::new(isa, [E::Param::default(); K])
     }
 
     #[inline(always)]
-    unsafe fn begin<I: Isa>(&self, isa: I, channel: usize, _: Runs) -> gradient::Block<I, E> {
-        RunSums::new(isa, [self.saved.mean[channel], self.saved.inv_std[channel]])
+    unsafe fn begin<I: Isa>(&self, isa: I, channel: usize, _: Runs) -> gradient::Block<I, E, K> {
+        RunSums::new(isa, self.params(channel))
     }
 
     #[inline(always)]
-    unsafe fn add<I: Isa>(&self, isa: I, block: &mut gradient::Block<I, E>, band: Band, ahead: usize) {
+    unsafe fn add<I: Isa>(&self, isa: I, block: &mut gradient::Block<I, E, K>, band: Band, ahead: usize) {
         // SAFETY: the caller's promise.
-        unsafe { gradient::add(isa, self.x.as_ptr(), self.dy.as_ptr(), block, band, ahead) }
+        unsafe { gradient::add(isa, self.x.as_ptr(), &self.upstream, block, band, ahead) }
     }
 
     #[inline(always)]
-    unsafe fn end<I: Isa>(&self, _: I, block: &gradient::Block<I, E>, runs: Runs) -> [f64; 2] {
+    unsafe fn end<I: Isa>(&self, _: I, block: &gradient::Block<I, E, K>, runs: Runs) -> [f64; 2] {
         // SAFETY: the caller's promise.
-        unsafe { gradient::end(self.x.as_ptr(), self.dy.as_ptr(), block, runs) }
+        unsafe { gradient::end::<I, E, U, K>(self.x.as_ptr(), &self.upstream, block, runs) }
     }
 
     #[inline(always)]
     unsafe fn rows<I: Isa>(&self, isa: I, block: RowBlock, columns: &mut Columns<'_, E::Param>, out: [&mut [f64]; 2]) {
-        let (mean, inv_std) = (&self.saved.mean, &self.saved.inv_std);
-        let (x, dy) = (self.x.as_ptr(), self.dy.as_ptr());
         // SAFETY: the caller's promise.
-        unsafe { gradient::of_rows(isa, x, dy, |c| [mean[c], inv_std[c]], block, columns, out) }
+        unsafe { gradient::of_rows(isa, self.x.as_ptr(), &self.upstream, |c| self.params(c), block, columns, out) }
     }
 
     #[inline(always)]
@@ -73,41 +91,71 @@ impl<E: Element, O: Keep<2>> Reduction<E, 2> for GradientSumsOf<'_, E, O> {
     }
 }
 
-/// `dx` from the gradient sums given.
-pub(crate) struct InputGradientTo<'a, E: Element> {
+/// `dx` from the gradient sums given, with six coefficients, or seven where the upstream gradient asks for the last.
+pub(crate) struct InputGradientTo<'a, E: Element, U, const K: usize> {
     pub(crate) x: Source<'a, E>,
-    /// From dy to dx.
-    pub(crate) io: InOut<'a, E>,
+    pub(crate) upstream: U,
+    pub(crate) to: Disjoint<'a, E>,
     pub(crate) saved: &'a Saved<E::Param>,
-    pub(crate) gamma: Option<&'a [E::Param]>,
+    pub(crate) affine: Affine<'a, E>,
     /// The number of values behind the sums.
     pub(crate) count: u64,
     pub(crate) streaming: bool,
 }
 
-impl<E: Element> Application<E, 6> for InputGradientTo<'_, E> {
+impl<E: Element, U: Upstream<E>, const K: usize> Application<E, K> for InputGradientTo<'_, E, U, K> {
     type Given = [Each<f64>; 2];
 
-    fn coefficients(&self, channels: Range<usize>, [dy, dy_xhat]: &Self::Given) -> [Each<E::Param>; 6] {
-        let gamma = each(self.gamma, channels.clone(), E::Param::from_f64(1.0));
+    fn coefficients(&self, channels: Range<usize>, [dy, dy_xhat]: &Self::Given) -> [Each<E::Param>; K] {
+        let gamma = each(self.affine.gamma, channels.clone(), E::Param::from_f64(1.0));
         let inv_std = each(Some(&self.saved.inv_std), channels.clone(), E::Param::default());
         let saved = self.saved.statistics(channels.clone());
         let count = self.count as f64;
-        let mut all = [[E::Param::default(); BATCH]; 6];
+        let mut all = [[E::Param::default(); BATCH]; K];
         for i in 0..channels.len() {
             let (mean, residue) = (saved.mean[i], saved.residue[i]);
-            let one = {
-                let gamma = saved.corrected(gamma[i].to_f64(), i);
-                gradient::coefficients(mean, residue, inv_std[i], gamma, [dy[i], dy_xhat[i]], count)
-            };
-            [all[0][i], all[1][i], all[2][i], all[3][i], all[4][i], all[5][i]] = one;
+            let gamma = saved.corrected(gamma[i].to_f64(), i);
+            let one = gradient::coefficients(mean, residue, inv_std[i], gamma, [dy[i], dy_xhat[i]], count);
+            for (all, one) in all.iter_mut().zip(one) {
+                all[i] = one;
+            }
+        }
+        if K > 6 {
+            [_, _, all[K - 1]] = lines(self.affine, channels, &saved);
         }
         all
     }
 
     #[inline(always)]
-    fn map<I: Isa>(&self) -> impl Map<I, 6, Element = E> {
-        gradient::InputGradient::new(self.x.as_ptr(), self.io.from.as_ptr())
+    fn map<I: Isa>(&self) -> impl Map<I, K, Element = E> {
+        gradient::InputGradient::new(self.x.as_ptr(), &self.upstream)
+    }
+
+    fn target(&self) -> Target<E> {
+        Target { to: self.to.as_ptr(), streaming: self.streaming }
+    }
+}
+
+/// `dx` where the statistics are constants.
+pub(crate) struct FrozenGradientTo<'a, E: Element> {
+    pub(crate) io: InOut<'a, E>,
+    pub(crate) saved: &'a Saved<E::Param>,
+    pub(crate) affine: Affine<'a, E>,
+    pub(crate) streaming: bool,
+}
+
+impl<E: Element> Application<E, 1> for FrozenGradientTo<'_, E> {
+    type Given = [Each<f64>; 2];
+
+    fn coefficients(&self, channels: Range<usize>, _: &Self::Given) -> [Each<E::Param>; 1] {
+        let gamma = each(self.affine.gamma, channels.clone(), E::Param::from_f64(1.0));
+        let inv_std = self.saved.statistics(channels).inv_std;
+        [core::array::from_fn(|i| E::Param::from_f64_saturating(gamma[i].to_f64() * inv_std[i]))]
+    }
+
+    #[inline(always)]
+    fn map<I: Isa>(&self) -> impl Map<I, 1, Element = E> {
+        gradient::Scaled::new(self.io.from.as_ptr())
     }
 
     fn target(&self) -> Target<E> {
@@ -115,24 +163,30 @@ impl<E: Element> Application<E, 6> for InputGradientTo<'_, E> {
     }
 }
 
-/// `dx` where the statistics are constants.
-pub(crate) struct FrozenGradientTo<'a, E: Element>(pub(crate) InputGradientTo<'a, E>);
+/// What an activation lets through of `dy`, see [`gradient::Passed`].
+pub(crate) struct PassedTo<'a, E: Element> {
+    pub(crate) x: Source<'a, E>,
+    pub(crate) upstream: Gated<'a, E>,
+    pub(crate) scaled: bool,
+    pub(crate) to: Disjoint<'a, E>,
+    pub(crate) saved: &'a Saved<E::Param>,
+    pub(crate) affine: Affine<'a, E>,
+    pub(crate) streaming: bool,
+}
 
-impl<E: Element> Application<E, 1> for FrozenGradientTo<'_, E> {
-    type Given = [Each<f64>; 2];
+impl<E: Element> Application<E, 3> for PassedTo<'_, E> {
+    type Given = ();
 
-    fn coefficients(&self, channels: Range<usize>, _: &Self::Given) -> [Each<E::Param>; 1] {
-        let gamma = each(self.0.gamma, channels.clone(), E::Param::from_f64(1.0));
-        let inv_std = self.0.saved.statistics(channels).inv_std;
-        [core::array::from_fn(|i| E::Param::from_f64_saturating(gamma[i].to_f64() * inv_std[i]))]
+    fn coefficients(&self, channels: Range<usize>, (): &()) -> [Each<E::Param>; 3] {
+        lines(self.affine, channels.clone(), &self.saved.statistics(channels))
     }
 
     #[inline(always)]
-    fn map<I: Isa>(&self) -> impl Map<I, 1, Element = E> {
-        gradient::Scaled::new(self.0.io.from.as_ptr())
+    fn map<I: Isa>(&self) -> impl Map<I, 3, Element = E> {
+        gradient::Passed::new(self.x.as_ptr(), &self.upstream, self.scaled)
     }
 
     fn target(&self) -> Target<E> {
-        self.0.target()
+        Target { to: self.to.as_ptr(), streaming: self.streaming }
     }
 }

@@ -98,6 +98,12 @@ pub enum Error {
     /// Virtual batches without samples.
     #[error("a virtual batch needs at least one sample, got zero")]
     VirtualBatch,
+    /// A slope of a leaky ReLU that is negative, infinite or NaN.
+    #[error("the slope of a leaky ReLU must be finite and at least 0, got {got}")]
+    Slope {
+        /// The value that was given.
+        got: f64,
+    },
     /// Groups that do not divide the channels of a layer.
     #[error("{groups} groups do not divide {channels} channels")]
     Groups {

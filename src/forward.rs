@@ -2,6 +2,7 @@
 
 use core::ops::Range;
 
+use crate::activation::Bend;
 use crate::element::{Element, Real};
 use crate::grid::{Band, InOut, Runs, Source};
 use crate::kernel::map::{Map, Target};
@@ -113,19 +114,7 @@ impl<E: Element> Application<E, 3> for NormalizeTo<'_, E> {
     type Given = Statistics<E::Param>;
 
     fn coefficients(&self, channels: Range<usize>, given: &Self::Given) -> [Each<E::Param>; 3] {
-        let gamma = each(self.affine.gamma, channels.clone(), E::Param::from_f64(1.0));
-        let beta = each(self.affine.beta, channels.clone(), E::Param::from_f64(0.0));
-        let mut all = [[E::Param::default(); BATCH]; 3];
-        for i in 0..channels.len() {
-            let Statistics { mean, residue, inv_std, corrections } = given;
-            let (gamma, mut beta) = (gamma[i].to_f64(), beta[i].to_f64());
-            if let Some([_, d]) = corrections {
-                beta += gamma * d[i];
-            }
-            let one = normalize::coefficients(mean[i], residue[i], inv_std[i], given.corrected(gamma, i), beta);
-            [all[0][i], all[1][i], all[2][i]] = one;
-        }
-        all
+        lines(self.affine, channels, given)
     }
 
     #[inline(always)]
@@ -136,4 +125,50 @@ impl<E: Element> Application<E, 3> for NormalizeTo<'_, E> {
     fn target(&self) -> Target<E> {
         Target { to: self.io.to.as_ptr(), streaming: self.streaming }
     }
+}
+
+/// `y` with what follows the affine part.
+pub(crate) struct ActivatedTo<'n, 'a, E: Element>(pub(crate) &'n NormalizeTo<'a, E>);
+
+impl<E: Element> Application<E, 3> for ActivatedTo<'_, '_, E> {
+    type Given = Statistics<E::Param>;
+
+    fn coefficients(&self, channels: Range<usize>, given: &Self::Given) -> [Each<E::Param>; 3] {
+        self.0.coefficients(channels, given)
+    }
+
+    #[inline(always)]
+    fn map<I: Isa>(&self) -> impl Map<I, 3, Element = E> {
+        let affine = self.0.affine;
+        normalize::Activated::new(
+            self.0.io.from.as_ptr(),
+            affine.residual.map(<[E]>::as_ptr),
+            Bend::new(affine.activation),
+        )
+    }
+
+    fn target(&self) -> Target<E> {
+        self.0.target()
+    }
+}
+
+/// `[hi, scale, shift]` of up to [`BATCH`] channels.
+pub(crate) fn lines<E: Element>(
+    affine: Affine<'_, E>,
+    channels: Range<usize>,
+    given: &Statistics<E::Param>,
+) -> [Each<E::Param>; 3] {
+    let gamma = each(affine.gamma, channels.clone(), E::Param::from_f64(1.0));
+    let beta = each(affine.beta, channels.clone(), E::Param::from_f64(0.0));
+    let mut all = [[E::Param::default(); BATCH]; 3];
+    for i in 0..channels.len() {
+        let Statistics { mean, residue, inv_std, corrections } = given;
+        let (gamma, mut beta) = (gamma[i].to_f64(), beta[i].to_f64());
+        if let Some([_, d]) = corrections {
+            beta += gamma * d[i];
+        }
+        let one = normalize::coefficients(mean[i], residue[i], inv_std[i], given.corrected(gamma, i), beta);
+        [all[0][i], all[1][i], all[2][i]] = one;
+    }
+    all
 }

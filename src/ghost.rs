@@ -92,10 +92,11 @@ impl<E: Element> Ghost<E> {
         })
     }
 
-    fn check(&self, tensors: [(&'static str, usize); 2], saved: usize) -> Result<()> {
+    fn check(&self, tensors: [(&'static str, usize); 2], affine: Affine<'_, E>, saved: usize) -> Result<()> {
         for (what, len) in tensors {
             check_len(what, self.shape().len(), len)?;
         }
+        self.whole.check_affine(affine)?;
         self.whole.check_batch()?;
         check_len("saved", self.batches(), saved)
     }
@@ -111,12 +112,12 @@ impl<E: Element> Ghost<E> {
         y: &mut [E],
         saved: &mut [Saved<E::Param>],
     ) -> Result<()> {
-        self.check([("x", x.len()), ("y", y.len())], saved.len())?;
-        for ((bn, _), saved) in self.parts().zip(&*saved) {
-            bn.check_train(affine, saved)?;
+        self.check([("x", x.len()), ("y", y.len())], affine, saved.len())?;
+        for ((bn, part), saved) in self.parts().zip(&*saved) {
+            bn.check_train(affine.part(part), saved)?;
         }
         for ((bn, part), saved) in self.parts().zip(saved) {
-            bn.forward_train(&x[part.clone()], affine, &mut y[part], saved)?;
+            bn.forward_train(&x[part.clone()], affine.part(part.clone()), &mut y[part], saved)?;
         }
         Ok(())
     }
@@ -131,12 +132,12 @@ impl<E: Element> Ghost<E> {
         affine: Affine<'_, E>,
         saved: &mut [Saved<E::Param>],
     ) -> Result<()> {
-        self.check([("x", x.len()); 2], saved.len())?;
-        for ((bn, _), saved) in self.parts().zip(&*saved) {
-            bn.check_train(affine, saved)?;
+        self.check([("x", x.len()); 2], affine, saved.len())?;
+        for ((bn, part), saved) in self.parts().zip(&*saved) {
+            bn.check_train(affine.part(part), saved)?;
         }
         for ((bn, part), saved) in self.parts().zip(saved) {
-            bn.forward_train_in_place(&mut x[part], affine, saved)?;
+            bn.forward_train_in_place(&mut x[part.clone()], affine.part(part), saved)?;
         }
         Ok(())
     }
@@ -153,21 +154,22 @@ impl<E: Element> Ghost<E> {
         affine: Affine<'_, E>,
         gradients: Gradients<'_, E>,
     ) -> Result<()> {
-        let Gradients { mut dx, mut dgamma, mut dbeta } = gradients;
-        if let Some(dx) = &dx {
-            check_len("dx", self.shape().len(), dx.len())?;
+        let Gradients { mut dx, mut dgamma, mut dbeta, mut dresidual } = gradients;
+        for (what, tensor) in [("dx", &dx), ("dresidual", &dresidual)] {
+            tensor.as_ref().map_or(Ok(()), |tensor| check_len(what, self.shape().len(), tensor.len()))?;
         }
-        self.check([("x", x.len()), ("dy", dy.len())], saved.len())?;
-        for ((bn, _), saved) in self.parts().zip(saved) {
-            bn.check_backward(saved, affine, dgamma.as_deref(), dbeta.as_deref())?;
+        self.check([("x", x.len()), ("dy", dy.len())], affine, saved.len())?;
+        for ((bn, part), saved) in self.parts().zip(saved) {
+            bn.check_backward(saved, affine.part(part), dgamma.as_deref(), dbeta.as_deref())?;
         }
         for ((bn, part), saved) in self.parts().zip(saved) {
             let gradients = Gradients {
                 dx: dx.as_deref_mut().map(|dx| &mut dx[part.clone()]),
                 dgamma: dgamma.as_deref_mut(),
                 dbeta: dbeta.as_deref_mut(),
+                dresidual: dresidual.as_deref_mut().map(|dresidual| &mut dresidual[part.clone()]),
             };
-            bn.backward(&x[part.clone()], &dy[part], saved, affine, gradients)?;
+            bn.backward(&x[part.clone()], &dy[part.clone()], saved, affine.part(part), gradients)?;
         }
         Ok(())
     }
@@ -185,13 +187,13 @@ impl<E: Element> Ghost<E> {
         mut dgamma: Option<&mut [E::Param]>,
         mut dbeta: Option<&mut [E::Param]>,
     ) -> Result<()> {
-        self.check([("x", x.len()), ("dy", dy.len())], saved.len())?;
-        for ((bn, _), saved) in self.parts().zip(saved) {
-            bn.check_backward(saved, affine, dgamma.as_deref(), dbeta.as_deref())?;
+        self.check([("x", x.len()), ("dy", dy.len())], affine, saved.len())?;
+        for ((bn, part), saved) in self.parts().zip(saved) {
+            bn.check_backward(saved, affine.part(part), dgamma.as_deref(), dbeta.as_deref())?;
         }
         for ((bn, part), saved) in self.parts().zip(saved) {
             let (dgamma, dbeta) = (dgamma.as_deref_mut(), dbeta.as_deref_mut());
-            bn.backward_in_place(&x[part.clone()], &mut dy[part], saved, affine, dgamma, dbeta)?;
+            bn.backward_in_place(&x[part.clone()], &mut dy[part.clone()], saved, affine.part(part), dgamma, dbeta)?;
         }
         Ok(())
     }

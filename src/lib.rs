@@ -54,6 +54,7 @@
 
 #![deny(missing_docs)]
 
+mod activation;
 mod backward;
 mod element;
 mod error;
@@ -73,6 +74,7 @@ mod scratch;
 mod shape;
 mod simd;
 
+pub use activation::Activation;
 pub use element::{Element, Real};
 pub use error::{Error, Result};
 pub use fold::Layer;

@@ -13,7 +13,7 @@ use crate::scratch::{Need, Scratch};
 use crate::simd::{Dispatched, Isa, Kernel, MAX_LANES, dispatch};
 
 /// Parameters of the terms that a reduction of rows may have.
-const TERM_PARAMS: usize = 2;
+const TERM_PARAMS: usize = 4;
 /// Elements that are mapped at a stretch, but no fewer than a few rows.
 const MAP_STRETCH: usize = 16384;
 /// The most channels of a batch.

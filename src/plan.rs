@@ -1,6 +1,8 @@
 //! The plan: a shape and options, checked once, and every operation on slices of that shape.
 
-use crate::backward::InputGradientTo;
+use core::ops::Range;
+
+use crate::activation::Activation;
 use crate::element::{Element, Real};
 use crate::error::{Error, Result, check_len};
 use crate::forward::NormalizeTo;
@@ -8,7 +10,7 @@ use crate::grid::{Disjoint, Geometry, InOut, Parallelism, Source, among};
 use crate::moments::{
     AffineGradientsTo, GradientSums, Keep, Moments, MomentsTo, Saved, SumsTo, check_eps, common_count, inv_std,
 };
-use crate::operation::{Job, Operation, Origin};
+use crate::operation::{Job, Operation, Origin, Upstreams};
 use crate::pass::{BATCH, Context};
 use crate::running::{Momentum, Population, Running, Variance, check_variances};
 use crate::scratch::{Need, Pool};
@@ -36,14 +38,28 @@ const LARGE_ALONE: usize = 16 << 20;
 /// large enough for long stretches of memory.
 const BATCH_BYTES: usize = 600 << 10;
 
-/// What follows normalization: the trained scale and offset of each channel, `C` values each, and a tensor that is added.
-/// The same is given to the forward and to the backward pass.
+/// What follows normalization, `y = act(gamma * xhat + beta + residual)`: the trained scale and offset of each channel, `C`
+/// values each, a tensor that is added, and an activation. The same is given to the forward and to the backward pass.
+///
+/// ```
+/// # use batchnorm::{Activation, Affine};
+/// # let (gamma, beta, residual) = ([1f32; 3], [0f32; 3], [0f32; 6]);
+/// let affine = Affine::<f32>::new(&gamma, &beta).with_residual(&residual).with_activation(Activation::Relu);
+/// ```
 #[derive(Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Affine<'a, E: Element> {
     /// The scale; `None` stands for ones.
     pub gamma: Option<&'a [E::Param]>,
     /// The offset; `None` stands for zeros.
     pub beta: Option<&'a [E::Param]>,
+    /// A tensor that is added before the activation.
+    pub residual: Option<&'a [E]>,
+    /// What is applied last.
+    pub activation: Activation,
+    /// The output of the forward pass. From its sign the backward pass sees where the activation bent; without it the
+    /// argument of the activation is computed again, from `x`, gamma, beta and the residual. Forward passes ignore it.
+    pub output: Option<&'a [E]>,
 }
 
 impl<E: Element> Clone for Affine<'_, E> {
@@ -57,17 +73,51 @@ impl<E: Element> Copy for Affine<'_, E> {}
 impl<'a, E: Element> Affine<'a, E> {
     /// Scale and offset.
     pub fn new(gamma: &'a [E::Param], beta: &'a [E::Param]) -> Self {
-        Self { gamma: Some(gamma), beta: Some(beta) }
+        Self::of(Some(gamma), Some(beta))
     }
 
     /// The scale alone.
     pub fn scale(gamma: &'a [E::Param]) -> Self {
-        Self { gamma: Some(gamma), beta: None }
+        Self::of(Some(gamma), None)
     }
 
     /// Neither: `y = xhat`. The same as `Affine::default()`.
     pub fn none() -> Self {
-        Self { gamma: None, beta: None }
+        Self::of(None, None)
+    }
+
+    /// Scale and offset, where there are.
+    pub fn of(gamma: Option<&'a [E::Param]>, beta: Option<&'a [E::Param]>) -> Self {
+        Self { gamma, beta, residual: None, activation: Activation::None, output: None }
+    }
+
+    /// With a tensor added before the activation.
+    #[must_use]
+    pub fn with_residual(self, residual: &'a [E]) -> Self {
+        Self { residual: Some(residual), ..self }
+    }
+
+    /// With an activation.
+    #[must_use]
+    pub fn with_activation(self, activation: Activation) -> Self {
+        Self { activation, ..self }
+    }
+
+    /// With the output of the forward pass, for the backward pass.
+    #[must_use]
+    pub fn with_output(self, output: &'a [E]) -> Self {
+        Self { output: Some(output), ..self }
+    }
+
+    /// Whether nothing follows scale and offset.
+    pub(crate) fn is_last(&self) -> bool {
+        self.residual.is_none() && self.activation == Activation::None
+    }
+
+    /// That of a part of the batch.
+    pub(crate) fn part(self, range: Range<usize>) -> Self {
+        let of = |tensor: Option<&'a [E]>| tensor.map(|tensor| &tensor[range.clone()]);
+        Self { residual: of(self.residual), output: of(self.output), ..self }
     }
 }
 
@@ -92,11 +142,13 @@ pub struct Gradients<'a, E: Element> {
     pub dgamma: Option<&'a mut [E::Param]>,
     /// With respect to beta, `C` values.
     pub dbeta: Option<&'a mut [E::Param]>,
+    /// With respect to the residual, of the input's length: what the activation lets through of `dy`.
+    pub dresidual: Option<&'a mut [E]>,
 }
 
 impl<E: Element> Default for Gradients<'_, E> {
     fn default() -> Self {
-        Self { dx: None, dgamma: None, dbeta: None }
+        Self { dx: None, dgamma: None, dbeta: None, dresidual: None }
     }
 }
 
@@ -114,7 +166,8 @@ impl<E: Element> Default for Gradients<'_, E> {
 /// let bn = BatchNorm::<f32>::new(Shape::nchw(8, 3, 5, 5)?)?;
 /// let mut saved = bn.saved();
 /// bn.forward_train(&x, Affine::new(&gamma, &beta), &mut y, &mut saved)?;
-/// let gradients = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
+/// let (dx, dgamma, dbeta) = (Some(&mut dx[..]), Some(&mut dgamma[..]), Some(&mut dbeta[..]));
+/// let gradients = Gradients { dx, dgamma, dbeta, ..Default::default() };
 /// bn.backward(&x, &dy, &saved, Affine::scale(&gamma), gradients)?;
 /// # Ok::<(), batchnorm::Error>(())
 /// ```
@@ -257,8 +310,8 @@ impl<E: Element> BatchNorm<E> {
     }
 
     /// Whether a pass stores past the caches. In place the lines are at hand anyway.
-    fn streams(&self, io: &InOut<'_, E>, large: usize) -> bool {
-        !io.is_in_place()
+    fn streams(&self, in_place: bool, large: usize) -> bool {
+        !in_place
             && match self.stores {
                 Stores::Cached => false,
                 Stores::Streaming => true,
@@ -276,7 +329,11 @@ impl<E: Element> BatchNorm<E> {
 
     pub(crate) fn check_affine(&self, affine: Affine<'_, E>) -> Result<()> {
         self.check_channels("gamma", affine.gamma)?;
-        self.check_channels("beta", affine.beta)
+        self.check_channels("beta", affine.beta)?;
+        for (what, tensor) in [("residual", affine.residual), ("output", affine.output)] {
+            tensor.map_or(Ok(()), |tensor| self.check_tensor(what, tensor))?;
+        }
+        affine.activation.check()
     }
 
     pub(crate) fn check_population(&self, population: Population<'_, E::Param>) -> Result<()> {
@@ -384,7 +441,7 @@ impl<E: Element> BatchNorm<E> {
     }
 
     fn normalize_to<'a>(&self, io: InOut<'a, E>, affine: Affine<'a, E>, large: usize) -> NormalizeTo<'a, E> {
-        NormalizeTo { io, affine, streaming: self.streams(&io, large) }
+        NormalizeTo { io, affine, streaming: self.streams(io.is_in_place(), large) }
     }
 
     /// Runs an operation on tensors of the plan's shape, all of whose arguments were checked.
@@ -422,13 +479,12 @@ impl<E: Element> BatchNorm<E> {
         affine: Affine<'_, E>,
         gradients: Gradients<'_, E>,
     ) -> Result<()> {
-        let Gradients { dx, dgamma, dbeta } = gradients;
         self.check_tensor("dy", dy)?;
-        if let Some(dx) = &dx {
+        if let Some(dx) = &gradients.dx {
             self.check_tensor("dx", dx)?;
         }
-        let dx = dx.map(|dx| InOut::apart(dy, dx));
-        self.differentiate(x, Source::new(dy), dx, saved, affine, dgamma, dbeta)
+        let dx = gradients.dx.map(|dx| InOut::apart(dy, dx));
+        self.differentiate(x, Source::new(dy), dx, saved, affine, Gradients { dx: None, ..gradients })
     }
 
     /// [`BatchNorm::backward`] with dx written over `dy`.
@@ -446,7 +502,8 @@ impl<E: Element> BatchNorm<E> {
     ) -> Result<()> {
         self.check_tensor("dy", dy)?;
         let dx = InOut::in_place(dy);
-        self.differentiate(x, dx.from, Some(dx), saved, affine, dgamma, dbeta)
+        let gradients = Gradients { dgamma, dbeta, ..Default::default() };
+        self.differentiate(x, dx.from, Some(dx), saved, affine, gradients)
     }
 
     /// All that a backward pass asks of its arguments but for the lengths of tensors.
@@ -469,7 +526,7 @@ impl<E: Element> BatchNorm<E> {
         Ok(())
     }
 
-    #[allow(clippy::too_many_arguments, reason = "the parts of two public calls, checked once")]
+    /// The gradients, `dx` apart from the others.
     fn differentiate(
         &self,
         x: &[E],
@@ -477,24 +534,17 @@ impl<E: Element> BatchNorm<E> {
         dx: Option<InOut<'_, E>>,
         saved: &Saved<E::Param>,
         affine: Affine<'_, E>,
-        dgamma: Option<&mut [E::Param]>,
-        dbeta: Option<&mut [E::Param]>,
+        Gradients { dgamma, dbeta, dresidual, .. }: Gradients<'_, E>,
     ) -> Result<()> {
         self.check_tensor("x", x)?;
+        dresidual.as_ref().map_or(Ok(()), |dresidual| self.check_tensor("dresidual", dresidual))?;
         self.check_backward(saved, affine, dgamma.as_deref(), dbeta.as_deref())?;
-        let count = self.shape.count() as u64;
-        let x = Source::new(x);
-        let input = dx.map(|io| InputGradientTo {
-            x,
-            io,
-            saved,
-            gamma: affine.gamma,
-            count,
-            streaming: self.streams(&io, LARGE),
-        });
+        let from = Upstreams { x: Source::new(x), dy, saved, affine, count: self.shape.count() as u64 };
         let (dgamma, dbeta) = (dgamma.map(Disjoint::new), dbeta.map(Disjoint::new));
         let out = AffineGradientsTo { accumulates: self.accumulates, renorm: saved.renorm.as_ref(), dgamma, dbeta };
-        self.execute(Operation::Backward { x, dy, saved, input, out });
+        let streaming = self.streams(dx.is_some_and(|dx| dx.is_in_place()), LARGE);
+        let (dx, dresidual) = (dx.map(|dx| dx.to), dresidual.map(Disjoint::new));
+        self.execute(Operation::Backward { from, dx, dresidual, out, streaming });
         Ok(())
     }
 
@@ -636,14 +686,22 @@ impl<E: Element> BatchNorm<E> {
     ///
     /// # Errors
     /// [`Error::Length`]; [`Error::MissingStatistics`].
-    pub fn gradient_sums(&self, x: &[E], dy: &[E], saved: &Saved<E::Param>, sums: &mut [GradientSums]) -> Result<()> {
+    pub fn gradient_sums(
+        &self,
+        x: &[E],
+        dy: &[E],
+        saved: &Saved<E::Param>,
+        affine: Affine<'_, E>,
+        sums: &mut [GradientSums],
+    ) -> Result<()> {
         self.check_tensor("x", x)?;
         self.check_tensor("dy", dy)?;
+        self.check_affine(affine)?;
         self.check_channels("sums", Some(sums))?;
         self.check_saved(saved)?;
         sums.fill(GradientSums::default());
-        let out = SumsTo(Disjoint::new(sums));
-        self.execute(Operation::GradientSums { x: Source::new(x), dy: Source::new(dy), saved, out });
+        let from = Upstreams { x: Source::new(x), dy: Source::new(dy), saved, affine, count: saved.count };
+        self.execute(Operation::GradientSums { from, out: SumsTo(Disjoint::new(sums)) });
         Ok(())
     }
 
@@ -695,9 +753,9 @@ impl<E: Element> BatchNorm<E> {
         self.check_affine(affine)?;
         self.check_channels("sums", Some(sums))?;
         self.check_saved(saved)?;
-        let (x, streaming) = (Source::new(x), self.streams(&io, LARGE_ALONE));
-        let input = InputGradientTo { x, io, saved, gamma: affine.gamma, count: saved.count, streaming };
-        self.execute(Operation::InputGradient { input, sums });
+        let from = Upstreams { x: Source::new(x), dy: io.from, saved, affine, count: saved.count };
+        let streaming = self.streams(io.is_in_place(), LARGE_ALONE);
+        self.execute(Operation::InputGradient { from, dx: io.to, sums, streaming });
         Ok(())
     }
 }

@@ -20,6 +20,7 @@
 //!
 //! Blocks are merged from the first to the last. No multiplication and addition are ever fused.
 
+use crate::activation::Activation;
 use crate::element::{Element, Real};
 use crate::grid::{Geometry, Planar, Rows, Runs};
 use crate::moments::{GradientSums, Moments, Saved, inv_std, two_sum};
@@ -305,37 +306,90 @@ pub fn affine_gradients<P: Real>(sums: &[GradientSums], saved: &Saved<P>) -> (Ve
     (sums.iter().enumerate().map(dgamma).collect(), sums.iter().map(|sums| P::from_f64(sums.dy)).collect())
 }
 
-/// `(x - hi) * scale + shift` for each element.
+/// A channel's `(hi, scale, shift)`, from its mean, residue and inv_std.
+fn line<E: Element>(
+    affine: Affine<'_, E>,
+    c: usize,
+    (mean, residue, inv_std): (E::Param, f64, f64),
+    renorm: Option<&Renorm<E::Param>>,
+) -> (E::Param, E::Param, E::Param) {
+    let mut gamma = affine.gamma.map_or(1.0, |gamma| gamma[c].to_f64());
+    let mut beta = affine.beta.map_or(0.0, |beta| beta[c].to_f64());
+    if let Some(renorm) = renorm {
+        beta += gamma * renorm.d[c].to_f64();
+        gamma *= renorm.r[c].to_f64();
+    }
+    let scale = gamma * inv_std;
+    (mean, E::Param::from_f64_saturating(scale), E::Param::from_f64(beta - residue * scale))
+}
+
+/// The same from saved statistics.
+fn line_of<E: Element>(affine: Affine<'_, E>, c: usize, saved: &Saved<E::Param>) -> (E::Param, E::Param, E::Param) {
+    let statistics = (saved.mean[c], saved.residue[c].to_f64(), saved.inv_std[c].to_f64());
+    line(affine, c, statistics, saved.renorm.as_ref())
+}
+
+/// `(x - hi) * scale + shift + residual`, of element `i`.
+fn argument<E: Element>(
+    affine: Affine<'_, E>,
+    (hi, scale, shift): (E::Param, E::Param, E::Param),
+    x: E,
+    i: usize,
+) -> E::Param {
+    let value = (x.to_param() - hi) * scale + shift;
+    affine.residual.map_or(value, |residual| value + residual[i].to_param())
+}
+
+/// What an activation lets through of a gradient, given the activation's argument or result.
+fn bend<P: Real, R: Real>(activation: Activation, gate: P, value: R) -> R {
+    match activation {
+        Activation::Relu if gate <= P::default() => R::default(),
+        Activation::LeakyRelu(slope) if gate <= P::default() => value * R::from_f64(P::from_f64(slope).to_f64()),
+        _ => value,
+    }
+}
+
+/// The activation of `(x - hi) * scale + shift + residual` for each element.
 fn affine_map<E: Element>(
     shape: &Shape,
     x: &[E],
     affine: Affine<'_, E>,
-    statistics: impl Fn(usize) -> (E::Param, f64, f64),
-    renorm: Option<&Renorm<E::Param>>,
+    line: impl Fn(usize) -> (E::Param, E::Param, E::Param),
 ) -> Vec<E> {
-    let of_channel = |c: usize| {
-        let (mean, residue, inv_std) = statistics(c);
-        let mut gamma = affine.gamma.map_or(1.0, |gamma| gamma[c].to_f64());
-        let mut beta = affine.beta.map_or(0.0, |beta| beta[c].to_f64());
-        if let Some(renorm) = renorm {
-            beta += gamma * renorm.d[c].to_f64();
-            gamma *= renorm.r[c].to_f64();
-        }
-        let scale = gamma * inv_std;
-        (mean, E::Param::from_f64_saturating(scale), E::Param::from_f64(beta - residue * scale))
-    };
-    let coefficients: Vec<_> = (0..shape.channels()).map(of_channel).collect();
-    let value = |(i, x): (usize, &E)| {
-        let (hi, scale, shift) = coefficients[channel_of(shape, i)];
-        E::from_param((x.to_param() - hi) * scale + shift)
+    let lines: Vec<_> = (0..shape.channels()).map(line).collect();
+    let value = |(i, &x): (usize, &E)| {
+        let value = argument(affine, lines[channel_of(shape, i)], x, i);
+        E::from_param(bend(affine.activation, value, value))
     };
     x.iter().enumerate().map(value).collect()
 }
 
+/// The sign that the activation saw at each element, by the output if it is given.
+fn gates<E: Element>(shape: &Shape, x: &[E], saved: &Saved<E::Param>, affine: Affine<'_, E>) -> Vec<E::Param> {
+    let lines: Vec<_> = (0..shape.channels()).map(|c| line_of(affine, c, saved)).collect();
+    let gate = |(i, &x): (usize, &E)| match affine.output {
+        Some(output) => output[i].to_param(),
+        None => argument(affine, lines[channel_of(shape, i)], x, i),
+    };
+    x.iter().enumerate().map(gate).collect()
+}
+
+/// The gradient of the residual, as [`BatchNorm::backward`](crate::BatchNorm::backward): what the activation lets through
+/// of `dy`.
+pub fn residual_gradient<E: Element>(
+    shape: &Shape,
+    x: &[E],
+    dy: &[E],
+    saved: &Saved<E::Param>,
+    affine: Affine<'_, E>,
+) -> Vec<E> {
+    let pass = |(gate, dy): (E::Param, &E)| E::from_param(bend(affine.activation, gate, dy.to_param()));
+    gates(shape, x, saved, affine).into_iter().zip(dy).map(pass).collect()
+}
+
 /// `y`, as [`BatchNorm::normalize`](crate::BatchNorm::normalize).
 pub fn normalize<E: Element>(shape: &Shape, x: &[E], affine: Affine<'_, E>, saved: &Saved<E::Param>) -> Vec<E> {
-    let statistics = |c: usize| (saved.mean[c], saved.residue[c].to_f64(), saved.inv_std[c].to_f64());
-    affine_map(shape, x, affine, statistics, saved.renorm.as_ref())
+    affine_map(shape, x, affine, |c| line_of(affine, c, saved))
 }
 
 /// `y`, as [`BatchNorm::forward_infer`](crate::BatchNorm::forward_infer).
@@ -347,21 +401,28 @@ pub fn forward_infer<E: Element>(
     eps: f64,
 ) -> Vec<E> {
     let inv_std = |c: usize| inv_std(population.var[c].to_f64(), eps);
-    affine_map(shape, x, affine, |c| (population.mean[c], 0.0, inv_std(c)), None)
+    affine_map(shape, x, affine, |c| line(affine, c, (population.mean[c], 0.0, inv_std(c)), None))
 }
 
 /// The gradient sums of each channel, as [`BatchNorm::gradient_sums`](crate::BatchNorm::gradient_sums).
-pub fn gradient_sums<E: Element>(shape: &Shape, x: &[E], dy: &[E], saved: &Saved<E::Param>) -> Vec<GradientSums> {
+pub fn gradient_sums<E: Element>(
+    shape: &Shape,
+    x: &[E],
+    dy: &[E],
+    saved: &Saved<E::Param>,
+    affine: Affine<'_, E>,
+) -> Vec<GradientSums> {
     let mut total: Vec<Option<(f64, f64)>> = vec![None; shape.channels()];
     let mut add = |c: usize, sums| total[c] = Some(total[c].map_or(sums, |total| plus(total, sums)));
+    let gates = gates(shape, x, saved, affine);
     let narrow = |i: usize| {
         let c = channel_of(shape, i);
-        let dy = dy[i].to_param();
+        let dy = bend(affine.activation, gates[i], dy[i].to_param());
         (dy, dy * ((x[i].to_param() - saved.mean[c]) * saved.inv_std[c]))
     };
     let wide = |i: usize| {
         let c = channel_of(shape, i);
-        let dy = dy[i].to_param().to_f64();
+        let dy = bend(affine.activation, gates[i], dy[i].to_param().to_f64());
         (dy, dy * ((x[i].to_param().to_f64() - saved.mean[c].to_f64()) * saved.inv_std[c].to_f64()))
     };
     let is_sound = |sums: (f64, f64)| sums.0.is_finite() && sums.1.is_finite();
@@ -403,19 +464,21 @@ pub fn input_gradient<E: Element>(
     sums: &[GradientSums],
 ) -> Vec<E> {
     let count = saved.count as f64;
+    let gates = gates(shape, x, saved, affine);
     let value = |i: usize| {
         let c = channel_of(shape, i);
+        let dy = bend(affine.activation, gates[i], dy[i].to_param());
         let inv_std = saved.inv_std[c].to_f64();
         let corrected = saved.renorm.as_ref().map_or(1.0, |renorm| renorm.r[c].to_f64());
         let scale = affine.gamma.map_or(1.0, |gamma| gamma[c].to_f64()) * corrected * inv_std;
         if saved.frozen {
-            return E::from_param(dy[i].to_param() * E::Param::from_f64_saturating(scale));
+            return E::from_param(dy * E::Param::from_f64_saturating(scale));
         }
         let slope = -scale * (sums[c].dy_xhat / count);
         let dy_mean = sums[c].dy / count;
         let rounded = E::Param::from_f64(dy_mean);
         let shift = -(dy_mean - rounded.to_f64()) * scale - saved.residue[c].to_f64() * inv_std * slope;
-        let centred = (dy[i].to_param() - rounded) * E::Param::from_f64_saturating(scale) + E::Param::from_f64(shift);
+        let centred = (dy - rounded) * E::Param::from_f64_saturating(scale) + E::Param::from_f64(shift);
         let xhat = (x[i].to_param() - saved.mean[c]) * saved.inv_std[c];
         E::from_param(centred + xhat * E::Param::from_f64(slope))
     };

@@ -61,13 +61,13 @@ fn check<E: Element>(shape: Shape, tier: Tier, parallelism: Parallelism) {
             &dy,
             &saved,
             Affine::scale(&gamma),
-            Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) },
+            Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta), ..Default::default() },
         )
         .unwrap();
         bn.forward_infer(&x, affine, population, &mut y).unwrap();
         bn.moments(&x, &mut moments).unwrap();
         bn.normalize(&x, affine, &saved, &mut y).unwrap();
-        bn.gradient_sums(&x, &dy, &saved, &mut sums).unwrap();
+        bn.gradient_sums(&x, &dy, &saved, affine, &mut sums).unwrap();
         bn.input_gradient(&x, &dy, &saved, Affine::scale(&gamma), &sums, &mut dx).unwrap();
         bn.forward_train_in_place(&mut x, affine, &mut saved).unwrap();
     };

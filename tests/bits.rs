@@ -85,12 +85,12 @@ where
     let (g, b) = (Data::Normal.fill::<E::Param>(c, seed ^ 2), Data::Normal.fill::<E::Param>(c, seed ^ 3));
     let mean = Data::Normal.fill::<E::Param>(c, seed ^ 4);
     let var: Vec<_> = g.iter().map(|&g| g * g).collect();
-    let affine = Affine { gamma: gamma.then_some(&g[..]), beta: beta.then_some(&b[..]) };
+    let affine = Affine::of(gamma.then_some(&g[..]), beta.then_some(&b[..]));
     let population = Population { mean: &mean, var: &var };
 
     let moments = reference::moments(&shape, &x);
     let saved = reference::finish::<E::Param>(&moments, eps);
-    let sums = reference::gradient_sums(&shape, &x, &dy, &saved);
+    let sums = reference::gradient_sums(&shape, &x, &dy, &saved, affine);
     let expected = Expected {
         y: reference::normalize(&shape, &x, affine, &saved),
         inferred: reference::forward_infer(&shape, &x, affine, population, eps),
@@ -155,7 +155,8 @@ fn check_tier<E: Bits>(
     assert_bits(&name("forward_infer_in_place"), y.get(), &expected.inferred);
 
     let (mut dx, mut dgamma, mut dbeta) = (blank(), params(), params());
-    let gradients = Gradients { dx: Some(dx.get_mut()), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
+    let gradients =
+        Gradients { dx: Some(dx.get_mut()), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta), ..Default::default() };
     bn.backward(x.get(), dy.get(), &saved, affine, gradients).unwrap();
     assert_bits(&name("dgamma"), &dgamma, &expected.dgamma);
     assert_bits(&name("dbeta"), &dbeta, &expected.dbeta);
@@ -172,7 +173,7 @@ fn check_tier<E: Bits>(
     assert_bits(&name("dbeta in place"), &dbeta, &expected.dbeta);
 
     let (mut sums, mut dx) = (vec![GradientSums::default(); c], blank());
-    bn.gradient_sums(x.get(), dy.get(), &saved, &mut sums).unwrap();
+    bn.gradient_sums(x.get(), dy.get(), &saved, affine, &mut sums).unwrap();
     assert_sums(&name("gradient_sums"), &sums, &expected.sums);
     bn.input_gradient(x.get(), dy.get(), &saved, affine, &sums, dx.get_mut()).unwrap();
     assert_bits(&name("input_gradient"), dx.get(), &expected.dx);
@@ -308,11 +309,11 @@ fn an_infinite_mean_gives_what_the_reference_gives() {
         let (x, dy) = (Data::Normal.fill::<f32>(shape.len(), 1), Data::Normal.fill::<f32>(shape.len(), 2));
         let (count, c) = (shape.count() as u64, shape.channels());
         let saved = Saved::from_parts(count, vec![f32::INFINITY; c], vec![1.0; c], 1e-5).unwrap();
-        let expected = reference::gradient_sums(&shape, &x, &dy, &saved);
+        let expected = reference::gradient_sums(&shape, &x, &dy, &saved, Affine::none());
         for tier in tiers() {
             let bn = plan::<f32>(shape, tier, Parallelism::Sequential);
             let mut sums = vec![GradientSums::default(); c];
-            bn.gradient_sums(&x, &dy, &saved, &mut sums).unwrap();
+            bn.gradient_sums(&x, &dy, &saved, Affine::none(), &mut sums).unwrap();
             assert_sums(&format!("gradient_sums on {tier}"), &sums, &expected);
         }
     }

@@ -138,8 +138,12 @@ fn calls<E: Element>() -> Vec<Call<E>> {
         call(
             "backward",
             |bn, a| {
-                let gradients =
-                    Gradients { dx: Some(&mut a.dx), dgamma: Some(&mut a.dgamma), dbeta: Some(&mut a.dbeta) };
+                let gradients = Gradients {
+                    dx: Some(&mut a.dx),
+                    dgamma: Some(&mut a.dgamma),
+                    dbeta: Some(&mut a.dbeta),
+                    ..Default::default()
+                };
                 bn.backward(&a.x, &a.dy, &a.saved, Affine::scale(&a.gamma), gradients)
             },
             &["x", "dy", "saved", "gamma", "dx", "dgamma", "dbeta"],
@@ -191,7 +195,7 @@ fn calls<E: Element>() -> Vec<Call<E>> {
         ),
         call(
             "gradient_sums",
-            |bn, a| bn.gradient_sums(&a.x, &a.dy, &a.saved, &mut a.sums),
+            |bn, a| bn.gradient_sums(&a.x, &a.dy, &a.saved, Affine::none(), &mut a.sums),
             &["x", "dy", "saved", "sums"],
             false,
             true,
@@ -387,7 +391,8 @@ where
         assert_bits("the variance", saved.var(), &vec![E::Param::default(); c]);
 
         let (mut dx, mut dgamma, mut dbeta) = (y, beta.clone(), beta);
-        let gradients = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
+        let gradients =
+            Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta), ..Default::default() };
         bn.backward(&x, &dy, &saved, Affine::scale(&gamma), gradients).unwrap();
         assert!(dx.iter().all(|&dx| dx == E::default()), "dx of one value: {dx:?}");
         assert!(dgamma.iter().all(|&dgamma| dgamma == E::Param::default()), "{dgamma:?}");
@@ -621,7 +626,12 @@ fn one_plan_serves_many_threads() {
             let (mut y, mut saved, mut dx) = (vec![0.0; x.len()], bn.saved(), vec![0.0; x.len()]);
             let (mut dgamma, mut dbeta) = (vec![0.0; shape.channels()], vec![0.0; shape.channels()]);
             bn.forward_train(&x, Affine::none(), &mut y, &mut saved).unwrap();
-            let gradients = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
+            let gradients = Gradients {
+                dx: Some(&mut dx),
+                dgamma: Some(&mut dgamma),
+                dbeta: Some(&mut dbeta),
+                ..Default::default()
+            };
             bn.backward(&x, &dy, &saved, Affine::none(), gradients).unwrap();
             [y, dx, dgamma, dbeta, saved.mean().to_vec(), saved.inv_std().to_vec()]
         };

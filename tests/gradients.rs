@@ -44,7 +44,8 @@ fn run<E: Element>(bn: &BatchNorm<E>, x: &[E], dy: &[E], affine: Affine<'_, E>) 
     let mut run = Run { y, dx, dgamma: params(), dbeta: params(), saved: bn.saved() };
     bn.forward_train(x, affine, &mut run.y, &mut run.saved).unwrap();
     let (dgamma, dbeta) = (Some(&mut run.dgamma[..]), Some(&mut run.dbeta[..]));
-    bn.backward(x, dy, &run.saved, affine, Gradients { dx: Some(&mut run.dx), dgamma, dbeta }).unwrap();
+    bn.backward(x, dy, &run.saved, affine, Gradients { dx: Some(&mut run.dx), dgamma, dbeta, ..Default::default() })
+        .unwrap();
     run
 }
 
@@ -119,7 +120,7 @@ fn sums_of_dx<E: Bits>(epsilon: f64) {
         let gamma = Data::Normal.fill::<E::Param>(c, 51);
         for eps in [0.0, 1e-5, 0.3] {
             let bn = BatchNorm::<E>::new(shape).unwrap().with_eps(eps).unwrap();
-            let got = run(&bn, &x, &dy, Affine { gamma: Some(&gamma), beta: None });
+            let got = run(&bn, &x, &dy, Affine::of(Some(&gamma), None));
             let xhat = wide(&run(&bn, &x, &dy, Affine::none()).y);
             let (dx, dy) = (wide(&got.dx), wide(&dy));
             for c in 0..c {
@@ -156,7 +157,7 @@ fn constant_dy<E: Bits>(epsilon: f64) {
         let (n, c) = (shape.len(), shape.channels());
         let bn = BatchNorm::<E>::new(shape).unwrap();
         let gamma = Data::Normal.fill::<E::Param>(c, 52);
-        let affine = Affine { gamma: Some(&gamma), beta: None };
+        let affine = Affine::of(Some(&gamma), None);
         for constant in [1.0, 0.1, -12345.678] {
             let dy = vec![E::from_param(E::Param::from_f64(constant)); n];
             // The sums of dy and of xhat are rounded in at most 16 additions, a term of the latter in 3 operations
@@ -198,7 +199,7 @@ fn constant_dy_has_no_gradient_exactly() {
             for constant in [1.0, -0.25, 1024.0] {
                 let dy = vec![E::from_param(E::Param::from_f64(constant)); x.len()];
                 let bn = BatchNorm::<E>::new(shape).unwrap().with_eps(3.0).unwrap();
-                let got = run(&bn, &x, &dy, Affine { gamma: Some(&gamma), beta: None });
+                let got = run(&bn, &x, &dy, Affine::of(Some(&gamma), None));
                 assert_bits("inv_std", got.saved.inv_std(), &vec![E::Param::from_f64(0.5); shape.channels()]);
                 assert!(got.dx.iter().all(|&dx| dx == E::default()), "dx of {constant} on {shape:?}");
             }
@@ -227,13 +228,14 @@ fn any_subset_has_the_same_bits() {
             let (x, dy) = (Data::Offset.fill::<E>(n, 54), Data::Normal.fill::<E>(n, 55));
             let gamma = Data::Normal.fill::<E::Param>(c, 56);
             let bn = BatchNorm::<E>::new(shape).unwrap();
-            let all = run(&bn, &x, &dy, Affine { gamma: Some(&gamma), beta: None });
+            let all = run(&bn, &x, &dy, Affine::of(Some(&gamma), None));
             for subset in 0..8 {
                 let (mut dx, mut dgamma, mut dbeta) = (dy.clone(), gamma.clone(), gamma.clone());
                 let gradients = Gradients {
                     dx: (subset & 1 != 0).then_some(&mut dx[..]),
                     dgamma: (subset & 2 != 0).then_some(&mut dgamma[..]),
                     dbeta: (subset & 4 != 0).then_some(&mut dbeta[..]),
+                    ..Default::default()
                 };
                 bn.backward(&x, &dy, &all.saved, Affine::scale(&gamma), gradients).unwrap();
                 let what = |name: &str| format!("{name} of subset {subset:03b} on {shape:?}");
@@ -278,7 +280,7 @@ fn in_shards<E: Element>(
     let mut sums: Option<Vec<GradientSums>> = None;
     for (bn, range) in &shards {
         let mut of_shard = vec![GradientSums { dy: 9.0, dy_xhat: 9.0 }; c];
-        bn.gradient_sums(&x[range.clone()], &dy[range.clone()], &saved, &mut of_shard).unwrap();
+        bn.gradient_sums(&x[range.clone()], &dy[range.clone()], &saved, Affine::none(), &mut of_shard).unwrap();
         let merged = |sums: Vec<GradientSums>| sums.into_iter().zip(&of_shard).map(|(a, &b)| a.merge(b)).collect();
         sums = Some(sums.map_or(of_shard.clone(), merged));
     }
@@ -349,10 +351,10 @@ fn a_far_mean_costs_f32_nothing() {
             let noise = Data::Normal.fill::<f64>(n, 63);
             let x: Vec<f32> =
                 (0..n).map(|i| (mean * (1.0 + 1e-2 * channel_of(&shape, i) as f64) + noise[i]) as f32).collect();
-            let got = run(&BatchNorm::<f32>::new(shape).unwrap(), &x, &dy, Affine { gamma: Some(&gamma), beta: None });
+            let got = run(&BatchNorm::<f32>::new(shape).unwrap(), &x, &dy, Affine::of(Some(&gamma), None));
             let (x, dy, gamma) = (wide(&x), wide(&dy), wide(&gamma));
             let bn = BatchNorm::<f64>::new(shape).unwrap();
-            let expected = run(&bn, &x, &dy, Affine { gamma: Some(&gamma), beta: None });
+            let expected = run(&bn, &x, &dy, Affine::of(Some(&gamma), None));
             let what = |name: &str| format!("{name} of {shape:?} around {mean}");
             assert_near(&what("y"), &got.y, &expected.y, 4e-7 * size(&expected.y));
             assert_near(&what("dx"), &got.dx, &expected.dx, 4e-7 * size(&expected.dx));

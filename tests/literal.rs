@@ -118,13 +118,14 @@ where
 
         bn.forward_train(&x, Affine::none(), &mut y, &mut saved).unwrap();
         is("xhat", &y, XHAT);
-        bn.forward_train(&x, Affine { gamma: Some(&gamma), beta: None }, &mut y, &mut saved).unwrap();
+        bn.forward_train(&x, Affine::of(Some(&gamma), None), &mut y, &mut saved).unwrap();
         is("gamma alone", &y, [[-2.0, -1.0, 0.0, 3.0], [5.0, 1.0, 0.0, -6.0]]);
-        bn.forward_train(&x, Affine { gamma: None, beta: Some(&beta) }, &mut y, &mut saved).unwrap();
+        bn.forward_train(&x, Affine::of(None, Some(&beta)), &mut y, &mut saved).unwrap();
         is("beta alone", &y, [[9.0, 9.5, 10.0, 11.5], [-0.75, 0.25, 0.5, 2.0]]);
 
         let (mut dx, mut dgamma, mut dbeta) = (x.clone(), gamma.clone(), beta.clone());
-        let gradients = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
+        let gradients =
+            Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta), ..Default::default() };
         bn.backward(&x, &dy, &saved, Affine::scale(&gamma), gradients).unwrap();
         is("dx", &dx, DX);
         are("dgamma", &dgamma, DGAMMA);
@@ -179,7 +180,7 @@ where
         let mut total = vec![GradientSums::default(); 2];
         for ((x, dy), (_, expected)) in x.chunks(4).zip(dy.chunks(4)).zip(of_shard) {
             let mut sums = [GradientSums::default(); 2];
-            bn.gradient_sums(x, dy, &saved, &mut sums).unwrap();
+            bn.gradient_sums(x, dy, &saved, Affine::none(), &mut sums).unwrap();
             assert_eq!(sums, expected, "{form:?}");
             (0..2).for_each(|c| total[c] = total[c].merge(sums[c]));
         }
@@ -284,7 +285,8 @@ fn a_mean_between_two_floats() {
     // dy = 1, 0, 0, 1: dbeta 2, dgamma -0.625 + 0.875; dx = (dy - 0.5 - xhat/16) / 4,
     // in 512ths 128 * (dy - 0.5) - 8*xhat.
     let (mut dx, mut dgamma, mut dbeta) = ([0.0; 4], [0.0], [0.0]);
-    let gradients = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
+    let gradients =
+        Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta), ..Default::default() };
     bn.backward(&x, &[1.0, 0.0, 0.0, 1.0], &saved, Affine::none(), gradients).unwrap();
     assert_eq!((dgamma, dbeta), ([0.25], [2.0]));
     assert_eq!(dx.map(|dx| dx * 512.0), [69.0, -67.0, -59.0, 57.0]);
@@ -308,7 +310,7 @@ mod rounding {
             let (mean, var) = (vec![0.0; beta.len()], vec![1.0; beta.len()]);
             let population = Population { mean: &mean, var: &var };
             let mut y = x.clone();
-            bn.forward_infer(&x, Affine { gamma: None, beta: Some(&beta) }, population, &mut y).unwrap();
+            bn.forward_infer(&x, Affine::of(None, Some(&beta)), population, &mut y).unwrap();
             assert_bits("rounded", &y, &expected);
         }
     }

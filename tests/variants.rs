@@ -4,10 +4,8 @@
 mod common;
 
 use batchnorm::reference;
-use batchnorm::{
-    Affine, BatchNorm, Element, Error, GradientSums, Gradients, Parallelism, Population, Real, RenormLimits,
-};
-use batchnorm::{Saved, Shape, Tier};
+use batchnorm::{Activation, Affine, BatchNorm, Element, Error, GradientSums, Gradients, Parallelism, Population};
+use batchnorm::{Real, RenormLimits, Saved, Shape, Tier};
 use common::{Bits, Data, assert_bits, plan, tiers};
 
 /// What a check runs on.
@@ -101,14 +99,14 @@ where
         E::from_param(dy.to_param() * E::Param::from_f64(args.gamma[c].to_f64() * inv_std[c].to_f64()))
     };
     let expected: Vec<E> = args.dy.iter().enumerate().map(scaled).collect();
-    let sums = reference::gradient_sums(&cell.shape, &args.x, &args.dy, &saved);
+    let sums = reference::gradient_sums(&cell.shape, &args.x, &args.dy, &saved, args.affine());
     assert_bits(
         "dx of the reference",
         &reference::input_gradient(&cell.shape, &args.x, &args.dy, &saved, args.affine(), &sums),
         &expected,
     );
     let (mut dx, mut dgamma, mut dbeta) = (args.blank(), args.params(0.0), args.params(0.0));
-    let all = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
+    let all = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta), ..Default::default() };
     bn.backward(&args.x, &args.dy, &saved, args.affine(), all).unwrap();
     assert_bits("dx", &dx, &expected);
     assert_bits("dgamma", &dgamma, &params(&sums, |sums| sums.dy_xhat));
@@ -138,11 +136,12 @@ where
     let (args, bn) = (Args::<E>::new(&cell.shape), cell.plan::<E>().with_accumulation(true));
     let (mut saved, mut y) = (bn.saved(), args.blank());
     bn.forward_train(&args.x, args.affine(), &mut y, &mut saved).unwrap();
-    let sums = reference::gradient_sums(&cell.shape, &args.x, &args.dy, &saved);
+    let sums = reference::gradient_sums(&cell.shape, &args.x, &args.dy, &saved, args.affine());
     let (mut dx, mut dgamma, mut dbeta) = (args.blank(), args.params(3.5), args.params(-1.25));
     let (mut dgamma_then, mut dbeta_then) = (dgamma.clone(), dbeta.clone());
     for _ in 0..2 {
-        let all = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
+        let all =
+            Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta), ..Default::default() };
         bn.backward(&args.x, &args.dy, &saved, args.affine(), all).unwrap();
         for (c, sums) in sums.iter().enumerate() {
             dgamma_then[c] = E::Param::from_f64(dgamma_then[c].to_f64() + sums.dy_xhat);
@@ -179,11 +178,11 @@ where
     bn.normalize(&args.x, args.affine(), &saved, &mut y).unwrap();
     assert_bits("y in halves", &y, &then);
 
-    let sums = reference::gradient_sums(&cell.shape, &args.x, &args.dy, &saved);
+    let sums = reference::gradient_sums(&cell.shape, &args.x, &args.dy, &saved, args.affine());
     let dx_then = reference::input_gradient(&cell.shape, &args.x, &args.dy, &saved, args.affine(), &sums);
     let (dgamma_then, dbeta_then) = reference::affine_gradients(&sums, &saved);
     let (mut dx, mut dgamma, mut dbeta) = (args.blank(), args.params(0.0), args.params(0.0));
-    let all = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
+    let all = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta), ..Default::default() };
     bn.backward(&args.x, &args.dy, &saved, args.affine(), all).unwrap();
     assert_bits("dx", &dx, &dx_then);
     assert_bits("dgamma", &dgamma, &dgamma_then);
@@ -213,7 +212,8 @@ where
         let (mut y, mut dx) = (args.blank(), args.blank());
         let (mut saved, mut dgamma, mut dbeta) = (ghost.saved(), args.params(9.0), args.params(9.0));
         ghost.forward_train(&args.x, args.affine(), &mut y, &mut saved).unwrap();
-        let all = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
+        let all =
+            Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta), ..Default::default() };
         ghost.backward(&args.x, &args.dy, &saved, args.affine(), all).unwrap();
         let (mut dgamma_then, mut dbeta_then) = (args.params(0.0), args.params(0.0));
         for (g, part) in (0..n).step_by(samples).enumerate() {
@@ -224,7 +224,7 @@ where
             let of_part: Saved<E::Param> = reference::finish(&reference::moments(&shape, x), EPS);
             assert_bits("mean", saved[g].mean(), of_part.mean());
             assert_bits("y", &y[range.clone()], &reference::normalize(&shape, x, args.affine(), &of_part));
-            let sums = reference::gradient_sums(&shape, x, dy, &of_part);
+            let sums = reference::gradient_sums(&shape, x, dy, &of_part, args.affine());
             let expected = reference::input_gradient(&shape, x, dy, &of_part, args.affine(), &sums);
             assert_bits("dx", &dx[range], &expected);
             for (c, sums) in sums.iter().enumerate() {
@@ -263,15 +263,140 @@ fn virtual_batches_are_checked_before_any_is_written() {
     // The last one is the wrong batch: nothing of the first ones is written.
     saved[2] = saved[0].clone();
     let (mut dx, mut dgamma) = ([7.0; 10], [3.0; 2]);
-    let gradients = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: None };
+    let gradients = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: None, ..Default::default() };
     assert_eq!(ghost.backward(&x, &dy, &saved, Affine::none(), gradients), Err(Error::Shards { expected: 1, got: 2 }));
     saved[2] = Saved::new(2);
-    let gradients = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: None };
+    let gradients = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: None, ..Default::default() };
     assert_eq!(ghost.backward(&x, &dy, &saved, Affine::none(), gradients), Err(Error::MissingStatistics));
     assert_eq!((dx, dgamma), ([7.0; 10], [3.0; 2]));
     let empty = BatchNorm::<f32>::new(Shape::nc(0, 2).unwrap()).unwrap().ghost(2).unwrap();
     let refused = empty.forward_train(&[], Affine::none(), &mut [], &mut empty.saved());
     assert_eq!(refused, Err(Error::EmptyBatch { batch: 0, spatial: 1 }));
+}
+
+/// Every activation, with and without a residual; the backward pass with the output and without.
+fn activated<E: Bits>(cell: Cell)
+where
+    E::Param: Bits,
+{
+    let (args, bn) = (Args::<E>::new(&cell.shape), cell.plan::<E>());
+    let shape = &cell.shape;
+    let residual = Data::Normal.fill::<E>(shape.len(), 8);
+    let of_batch: Saved<E::Param> = reference::finish(&reference::moments(shape, &args.x), EPS);
+    let mut constants = bn.saved();
+    bn.freeze(args.population(), &mut constants).unwrap();
+    for activation in [Activation::None, Activation::Relu, Activation::LeakyRelu(0.3)] {
+        for affine in [args.affine(), args.affine().with_residual(&residual)] {
+            let affine = affine.with_activation(activation);
+            let then = reference::normalize(shape, &args.x, affine, &of_batch);
+            let (mut y, mut saved) = (args.blank(), bn.saved());
+            bn.forward_train(&args.x, affine, &mut y, &mut saved).unwrap();
+            assert_bits("y", &y, &then);
+            let mut in_place = args.x.clone();
+            bn.forward_train_in_place(&mut in_place, affine, &mut saved).unwrap();
+            assert_bits("y in place", &in_place, &then);
+            let mut normalized = args.blank();
+            bn.normalize(&args.x, affine, &saved, &mut normalized).unwrap();
+            assert_bits("y in halves", &normalized, &then);
+            let mut inferred = args.blank();
+            bn.forward_infer(&args.x, affine, args.population(), &mut inferred).unwrap();
+            let then = reference::forward_infer(shape, &args.x, affine, args.population(), EPS);
+            assert_bits("inferred", &inferred, &then);
+            for affine in [affine, affine.with_output(&y)] {
+                for saved in [&saved, &constants] {
+                    back(&bn, &args, saved, affine);
+                }
+            }
+            // ReLU alone: a plain backward pass of what is left of dy.
+            if activation == Activation::Relu {
+                let left = |(y, dy): (&E, &E)| if y.to_param().to_f64() > 0.0 { *dy } else { E::default() };
+                let left: Vec<E> = y.iter().zip(&args.dy).map(left).collect();
+                let sums = reference::gradient_sums(shape, &args.x, &left, &saved, args.affine());
+                let then = reference::input_gradient(shape, &args.x, &left, &saved, args.affine(), &sums);
+                let (mut dx, mut dresidual) = (args.blank(), args.blank());
+                let gradients = Gradients { dx: Some(&mut dx), dresidual: Some(&mut dresidual), ..Default::default() };
+                bn.backward(&args.x, &args.dy, &saved, affine.with_output(&y), gradients).unwrap();
+                assert_bits("dx of what is left", &dx, &then);
+                assert_bits("what is left", &dresidual, &left);
+            }
+        }
+    }
+}
+
+/// The backward passes against the reference.
+fn back<E: Bits>(bn: &BatchNorm<E>, args: &Args<E>, saved: &Saved<E::Param>, affine: Affine<'_, E>)
+where
+    E::Param: Bits,
+{
+    let Args { x, dy, .. } = args;
+    let sums = reference::gradient_sums(bn.shape(), x, dy, saved, affine);
+    let dx_then = reference::input_gradient(bn.shape(), x, dy, saved, affine, &sums);
+    let dresidual_then = reference::residual_gradient(bn.shape(), x, dy, saved, affine);
+    let (dgamma_then, dbeta_then) = reference::affine_gradients::<E::Param>(&sums, saved);
+    let (mut dx, mut dresidual) = (args.blank(), args.blank());
+    let (mut dgamma, mut dbeta) = (args.params(0.0), args.params(0.0));
+    let all = Gradients {
+        dx: Some(&mut dx),
+        dgamma: Some(&mut dgamma),
+        dbeta: Some(&mut dbeta),
+        dresidual: Some(&mut dresidual),
+    };
+    bn.backward(x, dy, saved, affine, all).unwrap();
+    assert_bits("dx", &dx, &dx_then);
+    assert_bits("dgamma", &dgamma, &dgamma_then);
+    assert_bits("dbeta", &dbeta, &dbeta_then);
+    assert_bits("dresidual", &dresidual, &dresidual_then);
+    let (mut dx, mut dresidual, mut dbeta) = (dy.clone(), args.blank(), args.params(0.0));
+    bn.backward_in_place(x, &mut dx, saved, affine, None, Some(&mut dbeta)).unwrap();
+    assert_bits("dx in place", &dx, &dx_then);
+    assert_bits("dbeta in place", &dbeta, &dbeta_then);
+    let alone = Gradients { dresidual: Some(&mut dresidual), ..Default::default() };
+    bn.backward(x, dy, saved, affine, alone).unwrap();
+    assert_bits("dresidual alone", &dresidual, &dresidual_then);
+    let mut dgamma = args.params(0.0);
+    let alone = Gradients { dgamma: Some(&mut dgamma), ..Default::default() };
+    bn.backward(x, dy, saved, affine, alone).unwrap();
+    assert_bits("dgamma alone", &dgamma, &dgamma_then);
+    let mut halves = vec![GradientSums::default(); args.gamma.len()];
+    bn.gradient_sums(x, dy, saved, affine, &mut halves).unwrap();
+    assert_eq!(halves, sums);
+    let mut dx = args.blank();
+    bn.input_gradient(x, dy, saved, affine, &halves, &mut dx).unwrap();
+    assert_bits("dx in halves", &dx, &dx_then);
+}
+
+#[test]
+fn activations_pass_nans_and_are_checked() {
+    let bn = BatchNorm::<f32>::new(Shape::nc(4, 1).unwrap()).unwrap().with_eps(0.0).unwrap();
+    let population = Population { mean: &[0.0], var: &[1.0] };
+    let x = [f32::NAN, f32::NEG_INFINITY, f32::INFINITY, -2.0];
+    let mut y = [0.0; 4];
+    let mut run =
+        |activation| bn.forward_infer(&x, Affine::none().with_activation(activation), population, &mut y).map(|()| y);
+    let relu = run(Activation::Relu).unwrap();
+    assert!(relu[0].is_nan());
+    assert_eq!(
+        relu[1..].iter().map(|v| v.to_bits()).collect::<Vec<_>>(),
+        [0.0f32, f32::INFINITY, 0.0].map(f32::to_bits)
+    );
+    let leaky = run(Activation::LeakyRelu(0.5)).unwrap();
+    assert!(leaky[0].is_nan());
+    assert_eq!(leaky[1..], [f32::NEG_INFINITY, f32::INFINITY, -1.0]);
+    for got in [-0.1, f64::NAN, f64::INFINITY] {
+        assert!(matches!(run(Activation::LeakyRelu(got)), Err(Error::Slope { .. })));
+    }
+    let (mut dx, mut y) = ([7.0; 4], [7.0; 4]);
+    let mut saved = bn.saved();
+    let length = |what| Err(Error::Length { what, expected: 4, got: 3 });
+    assert_eq!(bn.forward_train(&x, Affine::none().with_residual(&x[1..]), &mut y, &mut saved), length("residual"));
+    bn.freeze(population, &mut saved).unwrap();
+    let gradients = Gradients { dx: Some(&mut dx), ..Default::default() };
+    let affine = Affine::none().with_output(&y[1..]);
+    assert_eq!(bn.backward(&x, &x, &saved, affine, gradients), length("output"));
+    let mut short = [7.0; 3];
+    let gradients = Gradients { dx: Some(&mut dx), dresidual: Some(&mut short), ..Default::default() };
+    assert_eq!(bn.backward(&x, &x, &saved, Affine::none(), gradients), length("dresidual"));
+    assert_eq!((dx, y, short), ([7.0; 4], [7.0; 4], [7.0; 3]));
 }
 
 /// The formulas in the plainest form, in f64, with both limits reached and not.
@@ -289,7 +414,7 @@ fn renormalization_follows_the_paper() {
     saved.renormalize(Population { mean: &mean, var: &var }, limits).unwrap();
     bn.forward_train(&x, Affine::new(&gamma, &beta), &mut y, &mut saved).unwrap();
     let (mut dx, mut dgamma, mut dbeta) = (vec![0.0; n * c], [0.0; 4], [0.0; 4]);
-    let all = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta) };
+    let all = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta), ..Default::default() };
     bn.backward(&x, &dy, &saved, Affine::scale(&gamma), all).unwrap();
 
     let near = |got: f64, expected: f64| assert!((got - expected).abs() < 1e-11, "{got} against {expected}");
@@ -370,6 +495,7 @@ fn registry() -> Vec<Variant> {
         "accumulated gradients": accumulated,
         "Batch Renormalization": renormalized,
         "virtual batches (ghost)": ghost,
+        "activation and residual": activated,
     ]
 }
 

@@ -238,7 +238,8 @@ impl Layer for Norm {
     }
 
     fn backward(&mut self, rate: f32, x: &[f32], _y: &[f32], dy: &[f32], dx: Option<&mut [f32]>) -> Result<(), Error> {
-        let gradients = Gradients { dx, dgamma: Some(&mut self.dgamma), dbeta: Some(&mut self.dbeta) };
+        let gradients =
+            Gradients { dx, dgamma: Some(&mut self.dgamma), dbeta: Some(&mut self.dbeta), ..Default::default() };
         self.batch.backward(x, dy, &self.saved, Affine::scale(&self.gamma), gradients)?;
         descend(&mut self.gamma, rate, &self.dgamma);
         descend(&mut self.beta, rate, &self.dbeta);

@@ -302,7 +302,7 @@ impl<E: Tested> Case<E> {
     }
 
     fn affine(&self) -> Affine<'_, E> {
-        Affine { gamma: self.gamma.as_deref(), beta: self.beta.as_deref() }
+        Affine::of(self.gamma.as_deref(), self.beta.as_deref())
     }
 
     fn gamma_fits(&self) -> bool {
@@ -381,8 +381,9 @@ fn check_backward<E: Tested>(case: &Case<E>, input: &Input<'_>) {
         dx: asks_dx.then_some(&mut dx[..]),
         dgamma: out_gamma.as_deref_mut(),
         dbeta: out_beta.as_deref_mut(),
+        ..Default::default()
     };
-    let result = bn.backward(x, dy, saved, Affine { gamma, ..Affine::none() }, gradients);
+    let result = bn.backward(x, dy, saved, Affine::of(gamma, None), gradients);
     let untouched = same_bits(&dx, &case.y) && same(&out_gamma, &dgamma) && same(&out_beta, &dbeta);
     judge("backward", result, allowed && (!asks_dx || dx_fits), untouched);
 
@@ -391,7 +392,7 @@ fn check_backward<E: Tested>(case: &Case<E>, input: &Input<'_>) {
         x,
         &mut dx,
         saved,
-        Affine { gamma, ..Affine::none() },
+        Affine::of(gamma, None),
         out_gamma.as_deref_mut(),
         out_beta.as_deref_mut(),
     );
@@ -400,15 +401,15 @@ fn check_backward<E: Tested>(case: &Case<E>, input: &Input<'_>) {
 
     let sums_fit = case.is_channels(sums.len());
     let mut out = sums.clone();
-    let result = bn.gradient_sums(x, dy, saved, &mut out);
+    let result = bn.gradient_sums(x, dy, saved, Affine::none(), &mut out);
     let allowed = inputs_fit && case.saved_fits() && saved.count() > 0 && sums_fit;
     judge("gradient_sums", result, allowed, same_bits(&sums_parts(&out), &sums_parts(sums)));
 
     let mut dx = case.y.clone();
-    let result = bn.input_gradient(x, dy, saved, Affine { gamma, ..Affine::none() }, sums, &mut dx);
+    let result = bn.input_gradient(x, dy, saved, Affine::of(gamma, None), sums, &mut dx);
     judge("input_gradient", result, shared && sums_fit && dx_fits, same_bits(&dx, &case.y));
     let mut dx = dy.clone();
-    let result = bn.input_gradient_in_place(x, &mut dx, saved, Affine { gamma, ..Affine::none() }, sums);
+    let result = bn.input_gradient_in_place(x, &mut dx, saved, Affine::of(gamma, None), sums);
     judge("input_gradient_in_place", result, shared && sums_fit, same_bits(&dx, dy));
 }
 

@@ -52,12 +52,12 @@ fn check<E: Tested>(input: &Input<'_>) {
 
     let own = || reference::finish(&reference::moments(&shape, &x), setting.eps());
     let saved = foreign.map_or_else(own, |foreign| foreign.saved(setting, bytes));
-    let sums = reference::gradient_sums(&shape, &x, &dy, &saved);
+    let sums = reference::gradient_sums(&shape, &x, &dy, &saved, Affine::of(gamma, None));
     let case = Case {
         setting,
         subset: *subset,
         gamma,
-        dx: reference::input_gradient(&shape, &x, &dy, &saved, Affine { gamma, ..Affine::none() }, &sums),
+        dx: reference::input_gradient(&shape, &x, &dy, &saved, Affine::of(gamma, None), &sums),
         dgamma: sums.iter().map(|s| E::Param::from_f64(s.dy_xhat)).collect(),
         dbeta: sums.iter().map(|s| E::Param::from_f64(s.dy)).collect(),
         x: setting.placed(&x),
@@ -74,13 +74,13 @@ fn check_plan<E: Tested>(bn: &BatchNorm<E>, case: &Case<'_, E>) {
     let channels = bn.shape().channels();
 
     let mut sums = vec![GradientSums::default(); channels];
-    bn.gradient_sums(x, dy, saved, &mut sums).unwrap();
+    bn.gradient_sums(x, dy, saved, Affine::of(gamma, None), &mut sums).unwrap();
     assert_bits("gradient_sums", tier, &sums_parts(&sums), &sums_parts(&case.sums));
     let mut dx = room();
-    bn.input_gradient(x, dy, saved, Affine { gamma, ..Affine::none() }, &sums, dx.get_mut()).unwrap();
+    bn.input_gradient(x, dy, saved, Affine::of(gamma, None), &sums, dx.get_mut()).unwrap();
     assert_bits("input_gradient", tier, dx.get(), &case.dx);
     let mut dx = case.setting.placed(dy);
-    bn.input_gradient_in_place(x, dx.get_mut(), saved, Affine { gamma, ..Affine::none() }, &sums).unwrap();
+    bn.input_gradient_in_place(x, dx.get_mut(), saved, Affine::of(gamma, None), &sums).unwrap();
     assert_bits("input_gradient_in_place", tier, dx.get(), &case.dx);
 
     let all = Subset { dx: true, dgamma: true, dbeta: true };
@@ -94,8 +94,9 @@ fn check_plan<E: Tested>(bn: &BatchNorm<E>, case: &Case<'_, E>) {
             dx: out_dx.as_mut().map(Placed::get_mut),
             dgamma: out_dgamma.as_mut().map(Placed::get_mut),
             dbeta: out_dbeta.as_mut().map(Placed::get_mut),
+            ..Default::default()
         };
-        let result = bn.backward(x, dy, saved, Affine { gamma, ..Affine::none() }, gradients);
+        let result = bn.backward(x, dy, saved, Affine::of(gamma, None), gradients);
         check_gradients("backward", bn, case, result, &out_dx, [&out_dgamma, &out_dbeta]);
 
         let (mut out_dx, (mut out_dgamma, mut out_dbeta)) = (Some(case.setting.placed(dy)), outputs());
@@ -103,7 +104,7 @@ fn check_plan<E: Tested>(bn: &BatchNorm<E>, case: &Case<'_, E>) {
             x,
             out_dx.as_mut().map(Placed::get_mut).unwrap(),
             saved,
-            Affine { gamma, ..Affine::none() },
+            Affine::of(gamma, None),
             out_dgamma.as_mut().map(Placed::get_mut),
             out_dbeta.as_mut().map(Placed::get_mut),
         );

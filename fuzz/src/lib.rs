@@ -373,7 +373,7 @@ pub struct Params<P> {
 impl<P> Params<P> {
     /// As the calls take them.
     pub fn get<E: Element<Param = P>>(&self) -> Affine<'_, E> {
-        Affine { gamma: self.gamma.as_deref(), beta: self.beta.as_deref() }
+        Affine::of(self.gamma.as_deref(), self.beta.as_deref())
     }
 }
 

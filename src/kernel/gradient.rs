@@ -10,44 +10,193 @@
 use core::marker::PhantomData;
 
 use super::map::Map;
+use super::normalize::load;
 use super::sums::{self, Columns, RowBlock, RunSums, Terms};
+use crate::activation::Bend;
 use crate::element::{Element, Real};
-use crate::grid::{Band, Runs};
+use crate::grid::{Band, Runs, Source};
 use crate::simd::{Compute, Isa, Vector};
 
-/// `dy` and `dy * (x - hi) * inv_std`, `hi` the rounded mean.
-struct Weighted<E> {
-    x: *const E,
-    dy: *const E,
+/// Where the gradient of the affine part's output comes from: `dy` itself, or what an activation lets through of it.
+pub(crate) trait Upstream<E: Element>: Sync {
+    /// Its elements from `at`: of a whole vector if `FULL`, else the first `n` and zeros. `centred` are those of `x - hi`,
+    /// and `line` the forward pass's `[scale, shift]`.
+    ///
+    /// # Safety
+    /// The elements lie inside the tensors.
+    unsafe fn at<I: Isa, const FULL: bool>(
+        &self,
+        isa: I,
+        centred: Compute<I, E>,
+        line: [Compute<I, E>; 2],
+        at: usize,
+        n: usize,
+    ) -> Compute<I, E>;
+
+    /// One element in f64.
+    ///
+    /// # Safety
+    /// As [`Upstream::at`].
+    unsafe fn wide(&self, centred: E::Param, line: [E::Param; 2], at: usize) -> f64;
+
+    /// Asks the caches for the elements around `at`, which may lie anywhere.
+    fn prefetch<I: Isa>(&self, isa: I, at: usize);
 }
 
-impl<I: Isa, E: Element> Terms<I, 2> for Weighted<E> {
+impl<E: Element> Upstream<E> for Source<'_, E> {
+    #[inline(always)]
+    unsafe fn at<I: Isa, const FULL: bool>(
+        &self,
+        isa: I,
+        _: Compute<I, E>,
+        _: [Compute<I, E>; 2],
+        at: usize,
+        n: usize,
+    ) -> Compute<I, E> {
+        // SAFETY: the caller's promise.
+        unsafe { load::<I, E, FULL>(isa, self.as_ptr(), at, n) }
+    }
+
+    #[inline(always)]
+    unsafe fn wide(&self, _: E::Param, _: [E::Param; 2], at: usize) -> f64 {
+        // SAFETY: the caller's promise.
+        unsafe { self.as_ptr().add(at).read().to_param().to_f64() }
+    }
+
+    #[inline(always)]
+    fn prefetch<I: Isa>(&self, isa: I, at: usize) {
+        isa.prefetch(self.as_ptr().wrapping_add(at).cast());
+    }
+}
+
+/// `dy` where the activation's argument was positive, bent elsewhere. The sign is that of the output, if it is given, or of the
+/// argument computed again.
+#[derive(Clone, Copy)]
+pub(crate) struct Gated<'a, E: Element> {
+    pub(crate) dy: Source<'a, E>,
+    pub(crate) output: Option<Source<'a, E>>,
+    pub(crate) residual: Option<Source<'a, E>>,
+    pub(crate) bend: Bend<E::Param>,
+}
+
+impl<E: Element> Upstream<E> for Gated<'_, E> {
+    #[inline(always)]
+    unsafe fn at<I: Isa, const FULL: bool>(
+        &self,
+        isa: I,
+        centred: Compute<I, E>,
+        [scale, shift]: [Compute<I, E>; 2],
+        at: usize,
+        n: usize,
+    ) -> Compute<I, E> {
+        // SAFETY: the caller's promise, for all.
+        unsafe {
+            let dy = load::<I, E, FULL>(isa, self.dy.as_ptr(), at, n);
+            let gate = match (self.output, self.residual) {
+                (Some(output), _) => load::<I, E, FULL>(isa, output.as_ptr(), at, n),
+                (None, None) => centred.mul(scale).add(shift),
+                (None, Some(residual)) => {
+                    centred.mul(scale).add(shift).add(load::<I, E, FULL>(isa, residual.as_ptr(), at, n))
+                }
+            };
+            self.bend.apply(isa, gate, dy)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn wide(&self, centred: E::Param, [scale, shift]: [E::Param; 2], at: usize) -> f64 {
+        // SAFETY: the caller's promise.
+        let value = |of: Source<'_, E>| unsafe { of.as_ptr().add(at).read().to_param() };
+        let argument = || centred * scale + shift;
+        let gate = match (self.output, self.residual) {
+            (Some(output), _) => value(output),
+            (None, None) => argument(),
+            (None, Some(residual)) => argument() + value(residual),
+        };
+        self.bend.scalar(gate, value(self.dy).to_f64())
+    }
+
+    #[inline(always)]
+    fn prefetch<I: Isa>(&self, isa: I, at: usize) {
+        for source in [Some(self.dy), self.output, self.residual].into_iter().flatten() {
+            isa.prefetch(source.as_ptr().wrapping_add(at).cast());
+        }
+    }
+}
+
+/// The upstream gradient itself, which is the residual's; or times the scale, which is the input's where the statistics are
+/// constants.
+pub(crate) struct Passed<'u, E: Element> {
+    x: *const E,
+    upstream: &'u Gated<'u, E>,
+    scaled: bool,
+}
+
+impl<'u, E: Element> Passed<'u, E> {
+    pub(crate) fn new(x: *const E, upstream: &'u Gated<'u, E>, scaled: bool) -> Self {
+        Self { x, upstream, scaled }
+    }
+}
+
+impl<I: Isa, E: Element> Map<I, 3> for Passed<'_, E> {
+    type Element = E;
+
+    #[inline(always)]
+    unsafe fn at<const FULL: bool>(
+        &self,
+        isa: I,
+        [hi, scale, shift]: &[Compute<I, E>; 3],
+        at: usize,
+        n: usize,
+    ) -> Compute<I, E> {
+        // SAFETY: the caller's promise, for both.
+        unsafe {
+            // The argument need not be computed again if the output is there.
+            let x = if self.upstream.output.is_some() { *hi } else { load::<I, E, FULL>(isa, self.x, at, n) };
+            let dy = self.upstream.at::<I, FULL>(isa, x.sub(*hi), [*scale, *shift], at, n);
+            if self.scaled { dy.mul(*scale) } else { dy }
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, isa: I, at: usize) {
+        isa.prefetch(self.x.wrapping_add(at).cast());
+        self.upstream.prefetch(isa, at);
+    }
+}
+
+/// `dy` and `dy * (x - hi) * inv_std`, `hi` the rounded mean; the parameters are `[hi, inv_std]` and, where the upstream
+/// gradient needs them, the forward pass's `[scale, shift]`.
+struct Weighted<'u, E, U> {
+    x: *const E,
+    upstream: &'u U,
+}
+
+impl<I: Isa, E: Element, U: Upstream<E>, const K: usize> Terms<I, K> for Weighted<'_, E, U> {
     type Vector = Compute<I, E>;
 
     #[inline(always)]
     unsafe fn at<const FULL: bool>(
         &self,
         isa: I,
-        [hi, inv_std]: &[Self::Vector; 2],
+        params: &[Self::Vector; K],
         at: usize,
         n: usize,
     ) -> (Self::Vector, Self::Vector) {
-        // SAFETY: the caller's promise.
-        let (x, dy) = unsafe {
-            if FULL {
-                (E::load(isa, self.x.add(at)), E::load(isa, self.dy.add(at)))
-            } else {
-                let zero = Compute::<I, E>::splat(isa, Default::default());
-                (E::load_first(isa, self.x.add(at), n, *hi), E::load_first(isa, self.dy.add(at), n, zero))
-            }
-        };
-        (dy, dy.mul(x.sub(*hi).mul(*inv_std)))
+        let (hi, inv_std) = (params[0], params[1]);
+        // SAFETY: the caller's promise, for both.
+        unsafe {
+            let x = if FULL { E::load(isa, self.x.add(at)) } else { E::load_first(isa, self.x.add(at), n, hi) };
+            let centred = x.sub(hi);
+            let dy = self.upstream.at::<I, FULL>(isa, centred, [params[K - 2], params[K - 1]], at, n);
+            (dy, dy.mul(centred.mul(inv_std)))
+        }
     }
 
     #[inline(always)]
     fn prefetch(&self, isa: I, at: usize) {
         isa.prefetch(self.x.wrapping_add(at).cast());
-        isa.prefetch(self.dy.wrapping_add(at).cast());
+        self.upstream.prefetch(isa, at);
     }
 }
 
@@ -56,70 +205,78 @@ fn is_sound([a, b]: [f64; 2]) -> bool {
     a.is_finite() & b.is_finite()
 }
 
-/// The sums of one block of a channel, as far as it was seen; the parameters are `[hi, inv_std]`.
-pub(crate) type Block<I, E> = RunSums<I, Compute<I, E>, 2>;
+/// The sums of one block of a channel, as far as it was seen.
+pub(crate) type Block<I, E, const K: usize> = RunSums<I, Compute<I, E>, K>;
 
 /// Adds a band, see [`RunSums::add`].
 ///
 /// # Safety
-/// The band lies inside the tensors at `x` and `dy`.
+/// The band lies inside the tensors.
 #[inline(always)]
-pub(crate) unsafe fn add<I: Isa, E: Element>(
+pub(crate) unsafe fn add<I: Isa, E: Element, U: Upstream<E>, const K: usize>(
     isa: I,
     x: *const E,
-    dy: *const E,
-    block: &mut Block<I, E>,
+    upstream: &U,
+    block: &mut Block<I, E, K>,
     band: Band,
     ahead: usize,
 ) {
     // SAFETY: the caller's promise.
-    unsafe { block.add(isa, &Weighted { x, dy }, band, ahead) }
+    unsafe { block.add(isa, &Weighted { x, upstream }, band, ahead) }
 }
 
 /// `[sum(dy), sum(dy * (x - hi) * inv_std)]` of a block whose runs were all added.
 ///
 /// # Safety
-/// The runs lie inside the tensors at `x` and `dy`.
+/// The runs lie inside the tensors.
 #[inline(always)]
-pub(crate) unsafe fn end<I: Isa, E: Element>(x: *const E, dy: *const E, block: &Block<I, E>, runs: Runs) -> [f64; 2] {
+pub(crate) unsafe fn end<I: Isa, E: Element, U: Upstream<E>, const K: usize>(
+    x: *const E,
+    upstream: &U,
+    block: &Block<I, E, K>,
+    runs: Runs,
+) -> [f64; 2] {
     let (a, b) = block.total();
     if is_sound([a, b]) {
         return [a, b];
     }
     let elements = runs.starts().flat_map(|start| start..start + runs.len);
     // SAFETY: the elements are those of the runs.
-    unsafe { in_f64(x, dy, block.params, elements) }
+    unsafe { in_f64(x, upstream, block.params, elements) }
 }
 
 /// The sums over `elements`, one after the other in f64, for what f32 does not hold.
 ///
 /// # Safety
-/// The elements lie inside the tensors at `x` and `dy`.
-unsafe fn in_f64<E: Element>(
+/// The elements lie inside the tensors.
+unsafe fn in_f64<E: Element, U: Upstream<E>, const K: usize>(
     x: *const E,
-    dy: *const E,
-    params: [E::Param; 2],
+    upstream: &U,
+    params: [E::Param; K],
     elements: impl Iterator<Item = usize>,
 ) -> [f64; 2] {
-    let [hi, inv_std] = params.map(Real::to_f64);
+    let [hi, inv_std] = [params[0], params[1]];
     elements.fold([0.0, 0.0], |[a, b], at| {
         // SAFETY: the caller's promise.
-        let (x, dy) = unsafe { (x.add(at).read().to_param().to_f64(), dy.add(at).read().to_param().to_f64()) };
-        [a + dy, b + dy * ((x - hi) * inv_std)]
+        let (x, dy) = unsafe {
+            let x = x.add(at).read().to_param();
+            (x, upstream.wide(x - hi, [params[K - 2], params[K - 1]], at))
+        };
+        [a + dy, b + dy * ((x.to_f64() - hi.to_f64()) * inv_std.to_f64())]
     })
 }
 
 /// `[sum(dy), sum(dy * (x - hi) * inv_std)]` of each channel of a block of rows, for the channels of
-/// `block.columns`; value `k` of channel `first + i` goes to `out[k][i]`. `params(c)` are `[hi, inv_std]`.
+/// `block.columns`; value `k` of channel `first + i` goes to `out[k][i]`. `params(c)` are those of [`Weighted`].
 ///
 /// # Safety
-/// The block lies inside the tensors at `x` and `dy` and starts with a row.
+/// The block lies inside the tensors and starts with a row.
 #[inline(always)]
-pub(crate) unsafe fn of_rows<I: Isa, E: Element>(
+pub(crate) unsafe fn of_rows<I: Isa, E: Element, U: Upstream<E>, const K: usize>(
     isa: I,
     x: *const E,
-    dy: *const E,
-    params: impl Fn(usize) -> [E::Param; 2],
+    upstream: &U,
+    params: impl Fn(usize) -> [E::Param; K],
     block: RowBlock,
     columns: &mut Columns<'_, E::Param>,
     out: [&mut [f64]; 2],
@@ -128,14 +285,17 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element>(
     let (first, last) = (block.columns.0, block.columns.1.min(block.channels));
     let padded = columns.wide[0].len();
     for c in first..last {
-        [columns.params[c - first], columns.params[padded + c - first]] = params(c);
+        for (k, param) in params(c).into_iter().enumerate() {
+            columns.params[k * padded + c - first] = param;
+        }
     }
     for c in channels..block.period {
-        columns.params[c] = columns.params[c - channels];
-        columns.params[padded + c] = columns.params[padded + c - channels];
+        for k in 0..K {
+            columns.params[k * padded + c] = columns.params[k * padded + c - channels];
+        }
     }
     // SAFETY: the caller's promise.
-    unsafe { sums::over_rows(isa, &Weighted { x, dy }, block, columns) };
+    unsafe { sums::over_rows::<_, _, _, K>(isa, &Weighted { x, upstream }, block, columns) };
     let width = last - first;
     let [a, b] = out.map(|out| &mut out[..width]);
     let [wide_a, wide_b] = columns.wide.each_ref().map(|wide| &wide[..width]);
@@ -150,7 +310,7 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element>(
     for c in (0..width).filter(|&c| !is_sound([wide_a[c], wide_b[c]])) {
         let elements = (0..block.len / channels).map(|row| block.start + row * channels + first + c);
         // SAFETY: the elements are those of the channel in the block.
-        [a[c], b[c]] = unsafe { in_f64(x, dy, params(first + c), elements) };
+        [a[c], b[c]] = unsafe { in_f64(x, upstream, params(first + c), elements) };
     }
 }
 
@@ -204,45 +364,37 @@ impl<I: Isa, E: Element> Map<I, 1> for Scaled<'_, E> {
     }
 }
 
-/// `dx` from `x` and `dy`.
-pub(crate) struct InputGradient<'a, E> {
+/// `dx` from `x` and the upstream gradient. After the six coefficients comes the forward pass's shift, where the upstream
+/// gradient needs it; its scale is among the six.
+pub(crate) struct InputGradient<'u, E, U> {
     x: *const E,
-    dy: *const E,
-    life: PhantomData<&'a [E]>,
+    upstream: &'u U,
 }
 
-impl<E> InputGradient<'_, E> {
-    pub(crate) fn new(x: *const E, dy: *const E) -> Self {
-        Self { x, dy, life: PhantomData }
+impl<'u, E, U> InputGradient<'u, E, U> {
+    pub(crate) fn new(x: *const E, upstream: &'u U) -> Self {
+        Self { x, upstream }
     }
 }
 
-impl<I: Isa, E: Element> Map<I, 6> for InputGradient<'_, E> {
+impl<I: Isa, E: Element, U: Upstream<E>, const K: usize> Map<I, K> for InputGradient<'_, E, U> {
     type Element = E;
 
     #[inline(always)]
-    unsafe fn at<const FULL: bool>(
-        &self,
-        isa: I,
-        [hi, inv_std, slope, dy_mean, scale, shift]: &[Compute<I, E>; 6],
-        at: usize,
-        n: usize,
-    ) -> Compute<I, E> {
-        // SAFETY: the caller's promise.
-        let (x, dy) = unsafe {
-            if FULL {
-                (E::load(isa, self.x.add(at)), E::load(isa, self.dy.add(at)))
-            } else {
-                (E::load_first(isa, self.x.add(at), n, *hi), E::load_first(isa, self.dy.add(at), n, *dy_mean))
-            }
+    unsafe fn at<const FULL: bool>(&self, isa: I, params: &[Compute<I, E>; K], at: usize, n: usize) -> Compute<I, E> {
+        let [hi, inv_std, slope, dy_mean, scale, shift] =
+            [params[0], params[1], params[2], params[3], params[4], params[5]];
+        // SAFETY: the caller's promise, for both.
+        let (centred, dy) = unsafe {
+            let centred = load::<I, E, FULL>(isa, self.x, at, n).sub(hi);
+            (centred, self.upstream.at::<I, FULL>(isa, centred, [scale, params[K - 1]], at, n))
         };
-        let xhat = x.sub(*hi).mul(*inv_std);
-        dy.sub(*dy_mean).mul(*scale).add(*shift).add(xhat.mul(*slope))
+        dy.sub(dy_mean).mul(scale).add(shift).add(centred.mul(inv_std).mul(slope))
     }
 
     #[inline(always)]
     fn prefetch(&self, isa: I, at: usize) {
         isa.prefetch(self.x.wrapping_add(at).cast());
-        isa.prefetch(self.dy.wrapping_add(at).cast());
+        self.upstream.prefetch(isa, at);
     }
 }

@@ -130,6 +130,8 @@ pub trait Vector<I: Isa>: Copy {
     unsafe fn store_first(self, to: *mut Self::Scalar, n: usize);
     /// The first `n < LANES` lanes of this, the others of `rest`.
     fn first(self, n: usize, rest: Self) -> Self;
+    /// The lanes of this where `gate` is positive or a NaN, of `bent` elsewhere.
+    fn unless_positive(self, gate: Self, bent: Self) -> Self;
     /// Lane-wise sum.
     fn add(self, other: Self) -> Self;
     /// Lane-wise difference.

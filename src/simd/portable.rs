@@ -115,6 +115,10 @@ macro_rules! wide_vector {
                 Self::new(lanes)
             }
             #[inline(always)]
+            fn unless_positive(self, gate: Self, bent: Self) -> Self {
+                gate.simd_le(Self::ZERO).select(bent, self)
+            }
+            #[inline(always)]
             fn add(self, other: Self) -> Self {
                 self + other
             }

@@ -88,7 +88,7 @@ impl<E: Element<Param = f32>> Call for Ours<E> {
         }
         if matches!(self.pass, Pass::Backward | Pass::Step) {
             let (dx, dgamma, dbeta) = (Some(&mut self.dx[..]), Some(&mut self.dgamma[..]), Some(&mut self.dbeta[..]));
-            let gradients = Gradients { dx, dgamma, dbeta };
+            let gradients = Gradients { dx, dgamma, dbeta, ..Default::default() };
             self.bn.backward(&self.x, &self.dy, &self.saved, Affine::scale(&self.gamma), gradients)?;
         }
         Ok(())

@@ -183,6 +183,15 @@ impl Vector<Avx2> for F32 {
         Self([blend(0), blend(1)])
     }
     #[inline(always)]
+    fn unless_positive(self, gate: Self, bent: Self) -> Self {
+        // SAFETY: `self` proves AVX2.
+        let lanes = |i: usize| unsafe {
+            let bends = _mm256_cmp_ps::<_CMP_LE_OQ>(gate.0[i], _mm256_setzero_ps());
+            _mm256_blendv_ps(self.0[i], bent.0[i], bends)
+        };
+        Self([lanes(0), lanes(1)])
+    }
+    #[inline(always)]
     fn add(self, o: Self) -> Self {
         // SAFETY: `self` proves AVX2.
         unsafe { Self([_mm256_add_ps(self.0[0], o.0[0]), _mm256_add_ps(self.0[1], o.0[1])]) }
@@ -284,6 +293,15 @@ impl Vector<Avx2> for F64 {
         // SAFETY: `self` proves AVX2.
         let blend = |i: usize| unsafe { _mm256_blendv_pd(rest.0[i], self.0[i], _mm256_castsi256_pd(masks[i])) };
         Self([blend(0), blend(1)])
+    }
+    #[inline(always)]
+    fn unless_positive(self, gate: Self, bent: Self) -> Self {
+        // SAFETY: `self` proves AVX2.
+        let lanes = |i: usize| unsafe {
+            let bends = _mm256_cmp_pd::<_CMP_LE_OQ>(gate.0[i], _mm256_setzero_pd());
+            _mm256_blendv_pd(self.0[i], bent.0[i], bends)
+        };
+        Self([lanes(0), lanes(1)])
     }
     #[inline(always)]
     fn add(self, o: Self) -> Self {

@@ -161,6 +161,14 @@ impl Vector<Avx512> for F32 {
         unsafe { Self(_mm512_mask_mov_ps(rest.0, (1 << n) - 1, self.0)) }
     }
     #[inline(always)]
+    fn unless_positive(self, gate: Self, bent: Self) -> Self {
+        // SAFETY: `self` proves AVX-512.
+        unsafe {
+            let bends = _mm512_cmp_ps_mask::<_CMP_LE_OQ>(gate.0, _mm512_setzero_ps());
+            Self(_mm512_mask_mov_ps(self.0, bends, bent.0))
+        }
+    }
+    #[inline(always)]
     fn add(self, o: Self) -> Self {
         // SAFETY: `self` proves AVX-512.
         unsafe { Self(_mm512_add_ps(self.0, o.0)) }
@@ -247,6 +255,14 @@ impl Vector<Avx512> for F64 {
     fn first(self, n: usize, rest: Self) -> Self {
         // SAFETY: `self` proves AVX-512.
         unsafe { Self(_mm512_mask_mov_pd(rest.0, (1 << n) - 1, self.0)) }
+    }
+    #[inline(always)]
+    fn unless_positive(self, gate: Self, bent: Self) -> Self {
+        // SAFETY: `self` proves AVX-512.
+        unsafe {
+            let bends = _mm512_cmp_pd_mask::<_CMP_LE_OQ>(gate.0, _mm512_setzero_pd());
+            Self(_mm512_mask_mov_pd(self.0, bends, bent.0))
+        }
     }
     #[inline(always)]
     fn add(self, o: Self) -> Self {

@@ -1,0 +1,64 @@
+//! What is applied last: an activation, to the sum with a residual where there is one.
+
+use crate::element::Real;
+use crate::error::{Error, Result};
+use crate::simd::{Isa, Vector};
+
+/// The activation of `y = act(gamma * xhat + beta + residual)`.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[non_exhaustive]
+pub enum Activation {
+    /// None: the sum itself.
+    #[default]
+    None,
+    /// `max(v, 0)`; a NaN stays one.
+    Relu,
+    /// `v` where it is positive, and this slope times `v` elsewhere; a NaN stays one.
+    LeakyRelu(f64),
+}
+
+impl Activation {
+    pub(crate) fn check(self) -> Result<()> {
+        match self {
+            Self::LeakyRelu(slope) if !(slope.is_finite() && slope >= 0.0) => Err(Error::Slope { got: slope }),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A line that bends at zero, as the kernels take it: forward a value by its own sign, backward a gradient by the sign of
+/// the value.
+#[derive(Clone, Copy)]
+pub(crate) struct Bend<P> {
+    slope: P,
+    /// A product with a slope of zero would make NaNs of infinities, and negative zeros.
+    is_relu: bool,
+}
+
+impl<P: Real> Bend<P> {
+    pub(crate) fn new(activation: Activation) -> Self {
+        let slope = match activation {
+            Activation::None => 1.0,
+            Activation::Relu => 0.0,
+            Activation::LeakyRelu(slope) => slope,
+        };
+        Self { slope: P::from_f64(slope), is_relu: activation == Activation::Relu }
+    }
+
+    /// `value` where `gate` is positive or a NaN, bent elsewhere.
+    #[inline(always)]
+    pub(crate) fn apply<I: Isa, V: Vector<I, Scalar = P>>(self, isa: I, gate: V, value: V) -> V {
+        let bent = if self.is_relu { V::splat(isa, P::default()) } else { value.mul(V::splat(isa, self.slope)) };
+        value.unless_positive(gate, bent)
+    }
+
+    /// The same for one value.
+    #[inline(always)]
+    pub(crate) fn scalar<R: Real>(self, gate: P, value: R) -> R {
+        match gate <= P::default() {
+            true if self.is_relu => R::default(),
+            true => value * R::from_f64(self.slope.to_f64()),
+            false => value,
+        }
+    }
+}
