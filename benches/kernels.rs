@@ -1,6 +1,6 @@
 //! Times of every pass over a table of shapes, for regressions: `cargo bench --bench kernels`.
 
-use batchnorm::{Affine, BatchNorm, Gradients, Population, RenormLimits, Shape};
+use batchnorm::{Activation, Affine, BatchNorm, Gradients, Population, RenormLimits, Shape};
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
 /// A large plane, small planes, a tensor that fits the cache, rows, and three channels.
@@ -54,6 +54,18 @@ fn kernels(criterion: &mut Criterion) {
                     ..Default::default()
                 };
                 bn.backward(&x, &dy, &saved, Affine::scale(&gamma), gradients)
+            });
+        });
+        let fused = affine.with_residual(&dy).with_activation(Activation::Relu);
+        group.bench_function(BenchmarkId::from_parameter("forward, residual and ReLU"), |bench| {
+            bench.iter(|| bn.forward_train(&x, fused, &mut out, &mut saved));
+        });
+        let output = out.clone();
+        let fused = fused.with_output(&output);
+        group.bench_function(BenchmarkId::from_parameter("backward, ReLU"), |bench| {
+            bench.iter(|| {
+                let (dx, dgamma, dbeta) = (Some(&mut out[..]), Some(&mut dgamma[..]), Some(&mut dbeta[..]));
+                bn.backward(&x, &dy, &saved, fused, Gradients { dx, dgamma, dbeta, ..Default::default() })
             });
         });
         bn.freeze(population, &mut saved).expect("statistics of the bench");

@@ -27,6 +27,7 @@
 //! | train with the population's statistics as constants | [`BatchNorm::freeze`], [`BatchNorm::normalize`], [`BatchNorm::backward`] |
 //! | normalize virtual batches by themselves | [`BatchNorm::ghost`] |
 //! | correct small batches towards the population | [`Saved::renormalize`] |
+//! | add a residual, apply an activation | [`Affine::with_residual`], [`Affine::with_activation`] |
 //! | add up the gradients of micro-batches | [`BatchNorm::with_accumulation`] |
 //! | recompute the population's statistics precisely | [`Running::recompute`] |
 //! | do without the layer at inference | [`BatchNorm::fold_into_preceding`], [`BatchNorm::fold_into_following`], [`BatchNorm::scale_and_shift`] |
