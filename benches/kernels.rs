@@ -17,6 +17,11 @@ fn shapes() -> [(&'static str, Shape); 7] {
     .map(|(name, shape)| (name, shape.expect("a shape of the table")))
 }
 
+/// The gradients of the input, gamma and beta.
+fn all<'a>(dx: &'a mut [f32], dgamma: &'a mut [f32], dbeta: &'a mut [f32]) -> Gradients<'a, f32> {
+    Gradients { dx: Some(dx), dgamma: Some(dgamma), dbeta: Some(dbeta), ..Default::default() }
+}
+
 fn kernels(criterion: &mut Criterion) {
     for (name, shape) in shapes() {
         let x: Vec<f32> = (0..shape.len()).map(|i| (i as f32 * 0.618_034).fract()).collect();
@@ -46,15 +51,7 @@ fn kernels(criterion: &mut Criterion) {
             );
         });
         group.bench_function(BenchmarkId::from_parameter("backward"), |bench| {
-            bench.iter(|| {
-                let gradients = Gradients {
-                    dx: Some(&mut out),
-                    dgamma: Some(&mut dgamma),
-                    dbeta: Some(&mut dbeta),
-                    ..Default::default()
-                };
-                bn.backward(&x, &dy, &saved, Affine::scale(&gamma), gradients)
-            });
+            bench.iter(|| bn.backward(&x, &dy, &saved, affine, all(&mut out, &mut dgamma, &mut dbeta)));
         });
         let fused = affine.with_residual(&dy).with_activation(Activation::Relu);
         group.bench_function(BenchmarkId::from_parameter("forward, residual and ReLU"), |bench| {
@@ -63,22 +60,11 @@ fn kernels(criterion: &mut Criterion) {
         let output = out.clone();
         let fused = fused.with_output(&output);
         group.bench_function(BenchmarkId::from_parameter("backward, ReLU"), |bench| {
-            bench.iter(|| {
-                let (dx, dgamma, dbeta) = (Some(&mut out[..]), Some(&mut dgamma[..]), Some(&mut dbeta[..]));
-                bn.backward(&x, &dy, &saved, fused, Gradients { dx, dgamma, dbeta, ..Default::default() })
-            });
+            bench.iter(|| bn.backward(&x, &dy, &saved, fused, all(&mut out, &mut dgamma, &mut dbeta)));
         });
         bn.freeze(population, &mut saved).expect("statistics of the bench");
         group.bench_function(BenchmarkId::from_parameter("backward, frozen"), |bench| {
-            bench.iter(|| {
-                let gradients = Gradients {
-                    dx: Some(&mut out),
-                    dgamma: Some(&mut dgamma),
-                    dbeta: Some(&mut dbeta),
-                    ..Default::default()
-                };
-                bn.backward(&x, &dy, &saved, Affine::scale(&gamma), gradients)
-            });
+            bench.iter(|| bn.backward(&x, &dy, &saved, affine, all(&mut out, &mut dgamma, &mut dbeta)));
         });
         group.bench_function(BenchmarkId::from_parameter("dx, frozen"), |bench| {
             bench.iter(|| {

@@ -31,8 +31,9 @@ impl Activation {
 #[derive(Clone, Copy)]
 pub(crate) struct Bend<P> {
     slope: P,
-    /// A product with a slope of zero would make NaNs of infinities, and negative zeros.
-    is_relu: bool,
+    /// Positive where products with the slope are taken. With a slope of zero they would make NaNs of infinities, and
+    /// negative zeros.
+    kept: P,
 }
 
 impl<P: Real> Bend<P> {
@@ -42,13 +43,16 @@ impl<P: Real> Bend<P> {
             Activation::Relu => 0.0,
             Activation::LeakyRelu(slope) => slope,
         };
-        Self { slope: P::from_f64(slope), is_relu: activation == Activation::Relu }
+        let kept = if activation == Activation::Relu { 0.0 } else { 1.0 };
+        Self { slope: P::from_f64(slope), kept: P::from_f64(kept) }
     }
 
     /// `value` where `gate` is positive or a NaN, bent elsewhere.
     #[inline(always)]
     pub(crate) fn apply<I: Isa, V: Vector<I, Scalar = P>>(self, isa: I, gate: V, value: V) -> V {
-        let bent = if self.is_relu { V::splat(isa, P::default()) } else { value.mul(V::splat(isa, self.slope)) };
+        // Zero for ReLU. Not a branch: it would double each loop.
+        let bent =
+            value.mul(V::splat(isa, self.slope)).unless_positive(V::splat(isa, self.kept), V::splat(isa, P::default()));
         value.unless_positive(gate, bent)
     }
 
@@ -56,7 +60,7 @@ impl<P: Real> Bend<P> {
     #[inline(always)]
     pub(crate) fn scalar<R: Real>(self, gate: P, value: R) -> R {
         match gate <= P::default() {
-            true if self.is_relu => R::default(),
+            true if self.kept <= P::default() => R::default(),
             true => value * R::from_f64(self.slope.to_f64()),
             false => value,
         }

@@ -17,9 +17,10 @@
 
 use core::ops::Range;
 
+use crate::affine::Affine;
 use crate::element::{Element, Real};
 use crate::error::{Error, Result, check_len};
-use crate::plan::{Affine, BatchNorm};
+use crate::plan::BatchNorm;
 use crate::running::Population;
 
 /// How the weights of a linear layer or a convolution lie, so that Batch Normalization can be folded into them.

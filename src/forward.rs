@@ -1,18 +1,17 @@
-//! The forward pass: moments of a batch, and normalization with statistics of any origin.
+//! The forward pass: moments of a batch, and coefficients from statistics of any origin.
 
 use core::ops::Range;
 
-use crate::activation::Bend;
+use crate::affine::Affine;
 use crate::element::{Element, Real};
-use crate::grid::{Band, InOut, Runs, Source};
-use crate::kernel::map::{Map, Target};
+use crate::grid::{Band, Runs};
 use crate::kernel::sums::{Columns, RowBlock, RunSums};
 use crate::kernel::{moments, normalize};
-use crate::moments::{Keep, MergeWeights, Saved};
-use crate::pass::{Application, BATCH, Each, Reduction};
-use crate::plan::Affine;
+use crate::moments::{MergeWeights, Saved};
+use crate::pass::{BATCH, Each, Reduction};
 use crate::renorm::Corrections;
 use crate::simd::Isa;
+use crate::tensor::Source;
 
 /// The statistics that channels are normalized with.
 #[derive(Default)]
@@ -54,13 +53,10 @@ pub(crate) fn each<P: Copy>(values: Option<&[P]>, channels: Range<usize>, otherw
 }
 
 /// The moments of each channel.
-pub(crate) struct MomentsOf<'a, E, O> {
-    pub(crate) x: Source<'a, E>,
-    pub(crate) out: O,
-}
+#[derive(Clone, Copy)]
+pub(crate) struct MomentsOf<'a, E>(pub(crate) Source<'a, E>);
 
-impl<E: Element, O: Keep<3>> Reduction<E, 3> for MomentsOf<'_, E, O> {
-    type Closed = O::Kept;
+impl<E: Element> Reduction<E, 3> for MomentsOf<'_, E> {
     type Block<I: Isa> = moments::Block<I, E>;
 
     #[inline(always)]
@@ -71,84 +67,30 @@ impl<E: Element, O: Keep<3>> Reduction<E, 3> for MomentsOf<'_, E, O> {
     #[inline(always)]
     unsafe fn begin<I: Isa>(&self, isa: I, _: usize, runs: Runs) -> moments::Block<I, E> {
         // SAFETY: the caller's promise; an empty tensor has no blocks.
-        unsafe { moments::begin(isa, self.x.as_ptr(), runs) }
+        unsafe { moments::begin(isa, self.0.as_ptr(), runs) }
     }
 
     #[inline(always)]
     unsafe fn add<I: Isa>(&self, isa: I, block: &mut moments::Block<I, E>, band: Band, ahead: usize) {
         // SAFETY: the caller's promise.
-        unsafe { moments::add(isa, self.x.as_ptr(), block, band, ahead) }
+        unsafe { moments::add(isa, self.0.as_ptr(), block, band, ahead) }
     }
 
     #[inline(always)]
     unsafe fn end<I: Isa>(&self, isa: I, block: &moments::Block<I, E>, runs: Runs) -> [f64; 3] {
         // SAFETY: the caller's promise; an empty tensor has no blocks.
-        unsafe { moments::end(isa, self.x.as_ptr(), block, runs) }
+        unsafe { moments::end(isa, self.0.as_ptr(), block, runs) }
     }
 
     #[inline(always)]
     unsafe fn rows<I: Isa>(&self, isa: I, block: RowBlock, columns: &mut Columns<'_, E::Param>, out: [&mut [f64]; 3]) {
         // SAFETY: the caller's promise; an empty tensor has no blocks.
-        unsafe { moments::of_rows(isa, self.x.as_ptr(), block, columns, out) }
+        unsafe { moments::of_rows(isa, self.0.as_ptr(), block, columns, out) }
     }
 
     #[inline(always)]
     fn merge(weights: MergeWeights, a: [f64; 3], b: [f64; 3]) -> [f64; 3] {
         weights.merge(a.into(), b.into()).into()
-    }
-
-    unsafe fn close(&self, channels: Range<usize>, values: &[Each<f64>; 3]) -> O::Kept {
-        // SAFETY: the caller's promise.
-        unsafe { self.out.keep(channels, values) }
-    }
-}
-
-/// `y` with gamma and beta, from statistics given.
-pub(crate) struct NormalizeTo<'a, E: Element> {
-    pub(crate) io: InOut<'a, E>,
-    pub(crate) affine: Affine<'a, E>,
-    pub(crate) streaming: bool,
-}
-
-impl<E: Element> Application<E, 3> for NormalizeTo<'_, E> {
-    type Given = Statistics<E::Param>;
-
-    fn coefficients(&self, channels: Range<usize>, given: &Self::Given) -> [Each<E::Param>; 3] {
-        lines(self.affine, channels, given)
-    }
-
-    #[inline(always)]
-    fn map<I: Isa>(&self) -> impl Map<I, 3, Element = E> {
-        normalize::Normalize::new(self.io.from.as_ptr())
-    }
-
-    fn target(&self) -> Target<E> {
-        Target { to: self.io.to.as_ptr(), streaming: self.streaming }
-    }
-}
-
-/// `y` with what follows the affine part.
-pub(crate) struct ActivatedTo<'n, 'a, E: Element>(pub(crate) &'n NormalizeTo<'a, E>);
-
-impl<E: Element> Application<E, 3> for ActivatedTo<'_, '_, E> {
-    type Given = Statistics<E::Param>;
-
-    fn coefficients(&self, channels: Range<usize>, given: &Self::Given) -> [Each<E::Param>; 3] {
-        self.0.coefficients(channels, given)
-    }
-
-    #[inline(always)]
-    fn map<I: Isa>(&self) -> impl Map<I, 3, Element = E> {
-        let affine = self.0.affine;
-        normalize::Activated::new(
-            self.0.io.from.as_ptr(),
-            affine.residual.map(<[E]>::as_ptr),
-            Bend::new(affine.activation),
-        )
-    }
-
-    fn target(&self) -> Target<E> {
-        self.0.target()
     }
 }
 

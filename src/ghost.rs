@@ -3,10 +3,11 @@
 
 use core::ops::Range;
 
+use crate::affine::{Affine, Gradients};
 use crate::element::Element;
 use crate::error::{Error, Result, check_len};
 use crate::moments::Saved;
-use crate::plan::{Affine, BatchNorm, Gradients};
+use crate::plan::BatchNorm;
 use crate::shape::Shape;
 
 /// A plan that takes virtual batches of so many samples, the last one smaller where they do not divide the batch.

@@ -3,7 +3,6 @@
 //! Blocks are a function of the shape alone. Threads take whole blocks and results are merged in the order of the
 //! blocks, so neither the number of threads nor their timing shows in the bits.
 
-use core::marker::PhantomData;
 use core::ops::Range;
 
 use crate::shape::{Layout, Shape};
@@ -141,6 +140,11 @@ impl Runs {
 }
 
 impl Planar {
+    /// Elements from one image to the next.
+    pub(crate) fn pitch(&self) -> usize {
+        self.channels * self.plane
+    }
+
     /// Blocks of one channel. A large plane is cut, small ones are put together.
     pub(crate) fn blocks(&self) -> usize {
         if self.plane > PLANAR_BLOCK {
@@ -155,7 +159,7 @@ impl Planar {
     }
 
     pub(crate) fn block(&self, channel: usize, block: usize) -> Runs {
-        let stride = self.channels * self.plane;
+        let stride = self.pitch();
         if self.plane > PLANAR_BLOCK {
             let cuts = self.plane.div_ceil(PLANAR_BLOCK);
             let (plane, from) = (block / cuts, block % cuts * PLANAR_BLOCK);
@@ -293,7 +297,7 @@ pub(crate) fn pieces(workers: usize, items: usize) -> usize {
 }
 
 /// Calls `work` with each piece's number and its range of `0..items`, on `workers` threads.
-pub(crate) fn for_each_piece(workers: usize, items: usize, work: impl Fn(usize, Range<usize>) + Sync) {
+pub(crate) fn for_each_piece(workers: usize, items: usize, work: &(dyn Fn(usize, Range<usize>) + Sync)) {
     let pieces = pieces(workers, items);
     let range = |i: usize| share(items, i, pieces)..share(items, i + 1, pieces);
     #[cfg(feature = "rayon")]
@@ -310,84 +314,6 @@ pub(crate) fn for_each_piece(workers: usize, items: usize, work: impl Fn(usize, 
 /// `items * i / pieces` without overflow.
 fn share(items: usize, i: usize, pieces: usize) -> usize {
     items / pieces * i + items % pieces * i / pieces
-}
-
-/// A slice whose disjoint parts are written by several threads: the one place that splits output.
-#[derive(Clone, Copy)]
-pub(crate) struct Disjoint<'a, T> {
-    ptr: *mut T,
-    len: usize,
-    life: PhantomData<&'a mut [T]>,
-}
-
-// SAFETY: it hands out elements as `&mut [T]` would when split, which needs T: Send; callers keep the parts apart.
-unsafe impl<T: Send> Send for Disjoint<'_, T> {}
-// SAFETY: as above; sharing it gives no access without the promise of `slice`.
-unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
-
-impl<'a, T> Disjoint<'a, T> {
-    pub(crate) fn new(slice: &'a mut [T]) -> Self {
-        Self { ptr: slice.as_mut_ptr(), len: slice.len(), life: PhantomData }
-    }
-
-    pub(crate) fn as_ptr(&self) -> *mut T {
-        self.ptr
-    }
-
-    /// The elements of `range`.
-    ///
-    /// # Safety
-    /// No other reference to any of them lives at the same time.
-    #[allow(clippy::mut_from_ref, reason = "the caller keeps the parts apart")]
-    pub(crate) unsafe fn slice(&self, range: Range<usize>) -> &'a mut [T] {
-        assert!(range.start <= range.end && range.end <= self.len, "range outside of the slice");
-        // SAFETY: inside the slice, and exclusive as the caller promises.
-        unsafe { core::slice::from_raw_parts_mut(self.ptr.add(range.start), range.len()) }
-    }
-}
-
-/// The tensor that an elementwise pass reads, shared by threads while another [`Disjoint`] writes, perhaps in place.
-#[derive(Clone, Copy)]
-pub(crate) struct Source<'a, T> {
-    ptr: *const T,
-    life: PhantomData<&'a [T]>,
-}
-
-// SAFETY: it is read only where the callers of the kernels promise that no thread writes the same element.
-unsafe impl<T: Sync> Send for Source<'_, T> {}
-// SAFETY: as above.
-unsafe impl<T: Sync> Sync for Source<'_, T> {}
-
-impl<'a, T> Source<'a, T> {
-    pub(crate) fn new(slice: &'a [T]) -> Self {
-        Self { ptr: slice.as_ptr(), life: PhantomData }
-    }
-
-    pub(crate) fn as_ptr(&self) -> *const T {
-        self.ptr
-    }
-}
-
-/// A tensor read and a tensor written: two slices, or one.
-#[derive(Clone, Copy)]
-pub(crate) struct InOut<'a, T> {
-    pub(crate) from: Source<'a, T>,
-    pub(crate) to: Disjoint<'a, T>,
-}
-
-impl<'a, T> InOut<'a, T> {
-    pub(crate) fn apart(from: &'a [T], to: &'a mut [T]) -> Self {
-        Self { from: Source::new(from), to: Disjoint::new(to) }
-    }
-
-    pub(crate) fn is_in_place(&self) -> bool {
-        core::ptr::eq(self.from.ptr, self.to.ptr)
-    }
-
-    pub(crate) fn in_place(data: &'a mut [T]) -> Self {
-        let to = Disjoint::new(data);
-        Self { from: Source { ptr: to.as_ptr(), life: PhantomData }, to }
-    }
 }
 
 #[cfg(test)]
@@ -435,7 +361,7 @@ mod tests {
     fn pieces_cover_all_items() {
         for (workers, items) in [(1, 0), (1, 5), (2, 0), (2, 3), (2, 100), (7, 29)] {
             let seen = std::sync::Mutex::new(vec![0; items]);
-            for_each_piece(workers, items, |_, range| range.for_each(|i| seen.lock().unwrap()[i] += 1));
+            for_each_piece(workers, items, &|_, range| range.for_each(|i| seen.lock().unwrap()[i] += 1));
             assert!(seen.into_inner().unwrap().iter().all(|&n| n == 1));
         }
     }

@@ -56,6 +56,7 @@
 #![deny(missing_docs)]
 
 mod activation;
+mod affine;
 mod backward;
 mod element;
 mod error;
@@ -74,15 +75,17 @@ mod running;
 mod scratch;
 mod shape;
 mod simd;
+mod tensor;
 
 pub use activation::Activation;
+pub use affine::{Affine, Gradients};
 pub use element::{Element, Real};
 pub use error::{Error, Result};
 pub use fold::Layer;
 pub use ghost::Ghost;
 pub use grid::Parallelism;
 pub use moments::{GradientSums, Moments, Saved};
-pub use plan::{Affine, BatchNorm, Gradients, Stores};
+pub use plan::{BatchNorm, Stores};
 pub use renorm::RenormLimits;
 pub use running::{Momentum, Population, Running, Variance};
 pub use shape::{Layout, Shape};

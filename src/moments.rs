@@ -5,10 +5,10 @@ use core::ops::Range;
 use crate::element::Real;
 use crate::error::{Error, Result};
 use crate::forward::Statistics;
-use crate::grid::Disjoint;
 use crate::pass::{BATCH, Each};
 use crate::renorm::{Renorm, RenormLimits, RenormTo};
 use crate::running::Population;
+use crate::tensor::Disjoint;
 
 /// Count, mean and sum of squared deviations of the values of one channel.
 ///
@@ -368,6 +368,12 @@ pub(crate) struct AffineGradientsTo<'a, P> {
     pub(crate) renorm: Option<&'a Renorm<P>>,
     pub(crate) dgamma: Option<Disjoint<'a, P>>,
     pub(crate) dbeta: Option<Disjoint<'a, P>>,
+}
+
+impl<P> AffineGradientsTo<'_, P> {
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.dgamma.is_some() || self.dbeta.is_some()
+    }
 }
 
 impl<P: Real> Keep<2> for AffineGradientsTo<'_, P> {

@@ -5,17 +5,19 @@
 
 use core::ops::Range;
 
-use crate::activation::{Activation, Bend};
-use crate::backward::{FrozenGradientTo, GradientSumsOf, InputGradientTo, PassedTo};
+use crate::activation::Bend;
+use crate::affine::Affine;
+use crate::backward::{GradientSumsOf, Upstreams};
 use crate::element::{Element, Real};
-use crate::forward::{ActivatedTo, MomentsOf, NormalizeTo, Statistics, each};
-use crate::grid::{Disjoint, InOut, Source};
-use crate::kernel::gradient::Gated;
-use crate::moments::{AffineGradientsTo, GradientSums, MomentsTo, Recorder, Saved, SumsTo, inv_std};
-use crate::pass::{BATCH, Context, Each};
-use crate::plan::Affine;
+use crate::forward::{MomentsOf, Statistics, each, lines};
+use crate::kernel::gradient::{Pair, Upstream};
+use crate::kernel::map::Target;
+use crate::kernel::normalize::{Activated, Normalize};
+use crate::moments::{AffineGradientsTo, GradientSums, Keep, MomentsTo, Recorder, Saved, SumsTo, inv_std};
+use crate::pass::{BATCH, Context};
 use crate::running::Population;
 use crate::scratch::{Need, Scratch};
+use crate::tensor::Source;
 
 /// Whose statistics a tensor is normalized with.
 pub(crate) enum Origin<'a, P> {
@@ -37,9 +39,6 @@ impl<P: Real> Origin<'_, P> {
     }
 }
 
-/// Gradient sums of up to [`BATCH`] channels where none are asked for.
-const NO_SUMS: [Each<f64>; 2] = [[0.0; BATCH]; 2];
-
 /// What a plan can do, with its arguments.
 pub(crate) enum Operation<'a, E: Element> {
     /// Reduce to moments, record them and normalize.
@@ -51,15 +50,30 @@ pub(crate) enum Operation<'a, E: Element> {
     /// Reduce to gradient sums, record what is wanted, and write the gradients of the input and of the residual if they are.
     Backward {
         from: Upstreams<'a, E>,
-        dx: Option<Disjoint<'a, E>>,
-        dresidual: Option<Disjoint<'a, E>>,
+        dx: Option<Target<'a, E>>,
+        dresidual: Option<Target<'a, E>>,
         out: AffineGradientsTo<'a, E::Param>,
-        streaming: bool,
     },
     /// Reduce to gradient sums.
     GradientSums { from: Upstreams<'a, E>, out: SumsTo<'a> },
     /// Write the input's gradient.
-    InputGradient { from: Upstreams<'a, E>, dx: Disjoint<'a, E>, sums: &'a [GradientSums], streaming: bool },
+    InputGradient { from: Upstreams<'a, E>, dx: Target<'a, E>, sums: &'a [GradientSums] },
+}
+
+/// Normalization with what follows it.
+#[derive(Clone, Copy)]
+pub(crate) struct NormalizeTo<'a, E: Element> {
+    pub(crate) x: Source<'a, E>,
+    pub(crate) affine: Affine<'a, E>,
+    pub(crate) y: Target<'a, E>,
+}
+
+impl<'a, E: Element> NormalizeTo<'a, E> {
+    /// The kernel with all that follows scale and offset.
+    fn activated(&self) -> Activated<'a, E> {
+        let residual = self.affine.residual.map(Source::new);
+        Activated { normalize: Normalize(self.x), residual, bend: Bend::new(self.affine.activation) }
+    }
 }
 
 impl<E: Element> Operation<'_, E> {
@@ -90,60 +104,44 @@ impl<E: Element> Operation<'_, E> {
         // SAFETY, for all arms: the caller's promise is the callee's, and each channel is closed once.
         match self {
             Self::Train { normalize, record } => {
-                let reduction = MomentsOf { x: normalize.io.from, out: record };
+                let NormalizeTo { x, affine, y } = normalize;
+                // SAFETY: see above.
+                let close = |channels: Range<usize>, values: &_| unsafe {
+                    lines(affine, channels.clone(), &record.keep(channels, values))
+                };
                 // SAFETY: see above.
                 unsafe {
-                    match normalize.affine.is_last() {
-                        true => context.run(&reduction, &normalize, scratch),
-                        false => context.run(&reduction, &ActivatedTo(&normalize), scratch),
+                    match affine.is_last() {
+                        true => context.run(&MomentsOf(x), &close, Normalize(x), y, scratch),
+                        false => context.run(&MomentsOf(x), &close, normalize.activated(), y, scratch),
                     }
                 }
             }
             Self::Normalize { normalize, origin } => {
-                let given = |channels| origin.statistics(channels);
+                let NormalizeTo { x, affine, y } = normalize;
+                let coefficients =
+                    |channels: Range<usize>| lines(affine, channels.clone(), &origin.statistics(channels));
                 // SAFETY: see above.
                 unsafe {
-                    match normalize.affine.is_last() {
-                        true => context.apply(&normalize, given, scratch),
-                        false => context.apply(&ActivatedTo(&normalize), given, scratch),
+                    match affine.is_last() {
+                        true => context.apply(Normalize(x), &coefficients, y, scratch),
+                        false => context.apply(normalize.activated(), &coefficients, y, scratch),
                     }
                 }
             }
-            // SAFETY: see above.
-            Self::Moments { x, out } => unsafe { context.reduce(&MomentsOf { x, out }, scratch) },
-            Self::Backward { from, dx, dresidual, out, streaming } => {
-                let wanted = out.dgamma.is_some() || out.dbeta.is_some();
+            Self::Moments { x, out } => {
+                // SAFETY: see above.
+                unsafe { context.reduce(&MomentsOf(x), &|channels, values| out.keep(channels, values), scratch) }
+            }
+            Self::Backward { from, dx, dresidual, out } => {
                 // SAFETY: see above.
                 unsafe {
                     if let Some(to) = dresidual {
-                        context.apply(&from.passed_to(to, false, streaming), |_| (), scratch);
+                        context.apply(from.passed(false), &|channels| from.lines(channels), to, scratch);
                     }
-                    match (from.gated(), dx) {
-                        (None, Some(to)) if from.saved.frozen => {
-                            let (reduction, application) =
-                                (from.sums::<_, _, 2>(from.dy, out), from.frozen_to(to, streaming));
-                            match wanted {
-                                true => context.run(&reduction, &application, scratch),
-                                false => context.apply(&application, |_| NO_SUMS, scratch),
-                            }
-                        }
-                        (Some(gated), Some(to)) if from.saved.frozen => {
-                            if wanted {
-                                context.reduce(&from.sums::<_, _, 4>(gated, out), scratch);
-                            }
-                            context.apply(&from.passed_to(to, true, streaming), |_| (), scratch);
-                        }
-                        (None, Some(to)) => {
-                            let application = from.input_to::<_, 6>(from.dy, to, streaming);
-                            context.run(&from.sums::<_, _, 2>(from.dy, out), &application, scratch);
-                        }
-                        (Some(gated), Some(to)) => {
-                            let application = from.input_to::<_, 7>(gated, to, streaming);
-                            context.run(&from.sums::<_, _, 4>(gated, out), &application, scratch);
-                        }
-                        (_, None) if !wanted => (),
-                        (None, None) => context.reduce(&from.sums::<_, _, 2>(from.dy, out), scratch),
-                        (Some(gated), None) => context.reduce(&from.sums::<_, _, 4>(gated, out), scratch),
+                    match from.gated() {
+                        None => backward::<_, _, 2, 6>(from, from.dy, dx, &out, context, scratch),
+                        Some(gated) => backward::<_, _, 4, 7>(from, gated, dx, &out, context, scratch),
                     }
                 }
             }
@@ -151,28 +149,20 @@ impl<E: Element> Operation<'_, E> {
                 // SAFETY: see above.
                 unsafe {
                     match from.gated() {
-                        None => context.reduce(&from.sums::<_, _, 2>(from.dy, out), scratch),
-                        Some(gated) => context.reduce(&from.sums::<_, _, 4>(gated, out), scratch),
+                        None => gradient_sums::<_, _, 2>(from, from.dy, &out, context, scratch),
+                        Some(gated) => gradient_sums::<_, _, 4>(from, gated, &out, context, scratch),
                     }
                 }
             }
-            Self::InputGradient { from, dx, sums, streaming } => {
-                let given = |channels: Range<usize>| {
-                    let mut given = NO_SUMS;
-                    for (i, sums) in sums[channels].iter().enumerate() {
-                        [given[0][i], given[1][i]] = [sums.dy, sums.dy_xhat];
-                    }
-                    given
-                };
+            Self::InputGradient { from, dx, sums } => {
                 // SAFETY: see above.
                 unsafe {
                     match from.gated() {
-                        None if from.saved.frozen => context.apply(&from.frozen_to(dx, streaming), given, scratch),
-                        Some(_) if from.saved.frozen => {
-                            context.apply(&from.passed_to(dx, true, streaming), |_| (), scratch);
+                        _ if from.saved.frozen => {
+                            context.apply(from.passed(true), &|channels| from.lines(channels), dx, scratch);
                         }
-                        None => context.apply(&from.input_to::<_, 6>(from.dy, dx, streaming), given, scratch),
-                        Some(gated) => context.apply(&from.input_to::<_, 7>(gated, dx, streaming), given, scratch),
+                        None => input_gradient::<_, _, 6>(from, from.dy, dx, sums, context, scratch),
+                        Some(gated) => input_gradient::<_, _, 7>(from, gated, dx, sums, context, scratch),
                     }
                 }
             }
@@ -180,52 +170,94 @@ impl<E: Element> Operation<'_, E> {
     }
 }
 
-/// What backward passes read.
-#[derive(Clone, Copy)]
-pub(crate) struct Upstreams<'a, E: Element> {
-    pub(crate) x: Source<'a, E>,
-    pub(crate) dy: Source<'a, E>,
-    pub(crate) saved: &'a Saved<E::Param>,
-    pub(crate) affine: Affine<'a, E>,
-    /// The number of values behind the sums.
-    pub(crate) count: u64,
+/// The gradients that are wanted, with `S` parameters of the sums and `K` of the input's gradient.
+///
+/// # Safety
+/// As [`Operation::run`].
+unsafe fn backward<E: Element, U: Upstream<E>, const S: usize, const K: usize>(
+    from: Upstreams<'_, E>,
+    upstream: U,
+    dx: Option<Target<'_, E>>,
+    out: &AffineGradientsTo<'_, E::Param>,
+    context: Context,
+    scratch: &mut Scratch<E::Param>,
+) {
+    let pair = Pair { x: from.x, upstream };
+    let sums = GradientSumsOf::<E, U, S> { from, pair };
+    let complete = |channels: Range<usize>, values: &_| {
+        let sums = from.complete(channels.clone(), values);
+        // SAFETY: each channel is closed once.
+        unsafe { out.keep(channels, &sums) };
+        sums
+    };
+    // SAFETY: the caller's promise.
+    unsafe {
+        match dx {
+            Some(dx) if !from.saved.frozen => {
+                let close = |channels: Range<usize>, values: &_| {
+                    from.coefficients(channels.clone(), &complete(channels, values))
+                };
+                context.run::<_, _, _, 2, K>(&sums, &close, pair, dx, scratch);
+            }
+            Some(dx) if out.is_wanted() => {
+                let close = |channels: Range<usize>, values: &_| {
+                    complete(channels.clone(), values);
+                    from.lines(channels)
+                };
+                context.run(&sums, &close, from.passed(true), dx, scratch);
+            }
+            Some(dx) => context.apply(from.passed(true), &|channels| from.lines(channels), dx, scratch),
+            None if out.is_wanted() => {
+                let close = |channels: Range<usize>, values: &_| {
+                    complete(channels, values);
+                };
+                context.reduce(&sums, &close, scratch);
+            }
+            None => (),
+        }
+    }
 }
 
-impl<'a, E: Element> Upstreams<'a, E> {
-    /// The gradient behind the activation.
-    fn behind(&self) -> Gated<'a, E> {
-        let Affine { residual, output, activation, .. } = self.affine;
-        let [output, residual] = [output, residual].map(|tensor| tensor.map(Source::new));
-        Gated { dy: self.dy, output, residual, bend: Bend::new(activation) }
+/// The sums alone, see [`backward`].
+///
+/// # Safety
+/// As [`Operation::run`].
+unsafe fn gradient_sums<E: Element, U: Upstream<E>, const S: usize>(
+    from: Upstreams<'_, E>,
+    upstream: U,
+    out: &SumsTo<'_>,
+    context: Context,
+    scratch: &mut Scratch<E::Param>,
+) {
+    let sums = GradientSumsOf::<E, U, S> { from, pair: Pair { x: from.x, upstream } };
+    // SAFETY: the caller's promise; each channel is closed once.
+    unsafe {
+        let close = |channels: Range<usize>, values: &_| out.keep(channels.clone(), &from.complete(channels, values));
+        context.reduce(&sums, &close, scratch);
     }
+}
 
-    /// The same, if there is one.
-    fn gated(&self) -> Option<Gated<'a, E>> {
-        (self.affine.activation != Activation::None).then(|| self.behind())
-    }
-
-    fn sums<U, O, const K: usize>(&self, upstream: U, out: O) -> GradientSumsOf<'a, E, U, O, K> {
-        GradientSumsOf { x: self.x, upstream, affine: self.affine, saved: self.saved, out }
-    }
-
-    fn input_to<U, const K: usize>(
-        &self,
-        upstream: U,
-        to: Disjoint<'a, E>,
-        streaming: bool,
-    ) -> InputGradientTo<'a, E, U, K> {
-        let Self { x, saved, affine, count, .. } = *self;
-        InputGradientTo { x, upstream, to, saved, affine, count, streaming }
-    }
-
-    fn frozen_to(&self, to: Disjoint<'a, E>, streaming: bool) -> FrozenGradientTo<'a, E> {
-        FrozenGradientTo { io: InOut { from: self.dy, to }, saved: self.saved, affine: self.affine, streaming }
-    }
-
-    fn passed_to(&self, to: Disjoint<'a, E>, scaled: bool, streaming: bool) -> PassedTo<'a, E> {
-        let Self { x, saved, affine, .. } = *self;
-        PassedTo { x, upstream: self.behind(), scaled, to, saved, affine, streaming }
-    }
+/// The input's gradient from sums given, see [`backward`].
+///
+/// # Safety
+/// As [`Operation::run`].
+unsafe fn input_gradient<E: Element, U: Upstream<E>, const K: usize>(
+    from: Upstreams<'_, E>,
+    upstream: U,
+    dx: Target<'_, E>,
+    sums: &[GradientSums],
+    context: Context,
+    scratch: &mut Scratch<E::Param>,
+) {
+    let coefficients = |channels: Range<usize>| {
+        let mut given = [[0.0; BATCH]; 2];
+        for (i, sums) in sums[channels.clone()].iter().enumerate() {
+            [given[0][i], given[1][i]] = [sums.dy, sums.dy_xhat];
+        }
+        from.coefficients(channels, &given)
+    };
+    // SAFETY: the caller's promise.
+    unsafe { context.apply::<_, _, K>(Pair { x: from.x, upstream }, &coefficients, dx, scratch) }
 }
 
 /// An operation with all that it runs on.

@@ -21,10 +21,10 @@
 //! Blocks are merged from the first to the last. No multiplication and addition are ever fused.
 
 use crate::activation::Activation;
+use crate::affine::Affine;
 use crate::element::{Element, Real};
 use crate::grid::{Geometry, Planar, Rows, Runs};
 use crate::moments::{GradientSums, Moments, Saved, inv_std, two_sum};
-use crate::plan::Affine;
 use crate::renorm::{Renorm, RenormLimits};
 use crate::running::Population;
 use crate::shape::Shape;

@@ -13,10 +13,10 @@ use core::ops::Range;
 use crate::element::Real;
 use crate::error::{Error, Result};
 use crate::forward::each;
-use crate::grid::Disjoint;
 use crate::moments::inv_std;
 use crate::pass::{BATCH, Each};
 use crate::running::Population;
+use crate::tensor::Disjoint;
 
 /// How far Batch Renormalization may correct: `r` to within `1/r_max` and `r_max`, `d` to within `-d_max` and `d_max`.
 #[derive(Debug, Clone, Copy, PartialEq)]

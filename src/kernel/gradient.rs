@@ -7,18 +7,16 @@
 //! dx = gamma * inv_std * ((dy - dbeta/m) - xhat * dgamma/m)
 //! ```
 
-use core::marker::PhantomData;
-
 use super::map::Map;
-use super::normalize::load;
 use super::sums::{self, Columns, RowBlock, RunSums, Terms};
 use crate::activation::Bend;
 use crate::element::{Element, Real};
-use crate::grid::{Band, Runs, Source};
+use crate::grid::Runs;
 use crate::simd::{Compute, Isa, Vector};
+use crate::tensor::Source;
 
 /// Where the gradient of the affine part's output comes from: `dy` itself, or what an activation lets through of it.
-pub(crate) trait Upstream<E: Element>: Sync {
+pub(crate) trait Upstream<E: Element>: Copy + Sync {
     /// Its elements from `at`: of a whole vector if `FULL`, else the first `n` and zeros. `centred` are those of `x - hi`,
     /// and `line` the forward pass's `[scale, shift]`.
     ///
@@ -54,18 +52,18 @@ impl<E: Element> Upstream<E> for Source<'_, E> {
         n: usize,
     ) -> Compute<I, E> {
         // SAFETY: the caller's promise.
-        unsafe { load::<I, E, FULL>(isa, self.as_ptr(), at, n) }
+        unsafe { self.load::<I, FULL>(isa, at, n) }
     }
 
     #[inline(always)]
     unsafe fn wide(&self, _: E::Param, _: [E::Param; 2], at: usize) -> f64 {
         // SAFETY: the caller's promise.
-        unsafe { self.as_ptr().add(at).read().to_param().to_f64() }
+        unsafe { self.get(at) }.to_f64()
     }
 
     #[inline(always)]
     fn prefetch<I: Isa>(&self, isa: I, at: usize) {
-        isa.prefetch(self.as_ptr().wrapping_add(at).cast());
+        Source::prefetch(*self, isa, at);
     }
 }
 
@@ -91,13 +89,11 @@ impl<E: Element> Upstream<E> for Gated<'_, E> {
     ) -> Compute<I, E> {
         // SAFETY: the caller's promise, for all.
         unsafe {
-            let dy = load::<I, E, FULL>(isa, self.dy.as_ptr(), at, n);
+            let dy = self.dy.load::<I, FULL>(isa, at, n);
             let gate = match (self.output, self.residual) {
-                (Some(output), _) => load::<I, E, FULL>(isa, output.as_ptr(), at, n),
+                (Some(output), _) => output.load::<I, FULL>(isa, at, n),
                 (None, None) => centred.mul(scale).add(shift),
-                (None, Some(residual)) => {
-                    centred.mul(scale).add(shift).add(load::<I, E, FULL>(isa, residual.as_ptr(), at, n))
-                }
+                (None, Some(residual)) => centred.mul(scale).add(shift).add(residual.load::<I, FULL>(isa, at, n)),
             };
             self.bend.apply(isa, gate, dy)
         }
@@ -106,7 +102,7 @@ impl<E: Element> Upstream<E> for Gated<'_, E> {
     #[inline(always)]
     unsafe fn wide(&self, centred: E::Param, [scale, shift]: [E::Param; 2], at: usize) -> f64 {
         // SAFETY: the caller's promise.
-        let value = |of: Source<'_, E>| unsafe { of.as_ptr().add(at).read().to_param() };
+        let value = |of: Source<'_, E>| unsafe { of.get(at) };
         let argument = || centred * scale + shift;
         let gate = match (self.output, self.residual) {
             (Some(output), _) => value(output),
@@ -119,30 +115,25 @@ impl<E: Element> Upstream<E> for Gated<'_, E> {
     #[inline(always)]
     fn prefetch<I: Isa>(&self, isa: I, at: usize) {
         for source in [Some(self.dy), self.output, self.residual].into_iter().flatten() {
-            isa.prefetch(source.as_ptr().wrapping_add(at).cast());
+            source.prefetch(isa, at);
         }
     }
 }
 
 /// The upstream gradient itself, which is the residual's; or times the scale, which is the input's where the statistics are
 /// constants.
-pub(crate) struct Passed<'u, E: Element> {
-    x: *const E,
-    upstream: &'u Gated<'u, E>,
-    scaled: bool,
+#[derive(Clone, Copy)]
+pub(crate) struct Passed<'a, E: Element> {
+    pub(crate) x: Source<'a, E>,
+    pub(crate) upstream: Gated<'a, E>,
+    pub(crate) scaled: bool,
 }
 
-impl<'u, E: Element> Passed<'u, E> {
-    pub(crate) fn new(x: *const E, upstream: &'u Gated<'u, E>, scaled: bool) -> Self {
-        Self { x, upstream, scaled }
-    }
-}
-
-impl<I: Isa, E: Element> Map<I, 3> for Passed<'_, E> {
+impl<E: Element> Map<3> for Passed<'_, E> {
     type Element = E;
 
     #[inline(always)]
-    unsafe fn at<const FULL: bool>(
+    unsafe fn at<I: Isa, const FULL: bool>(
         &self,
         isa: I,
         [hi, scale, shift]: &[Compute<I, E>; 3],
@@ -152,27 +143,39 @@ impl<I: Isa, E: Element> Map<I, 3> for Passed<'_, E> {
         // SAFETY: the caller's promise, for both.
         unsafe {
             // The argument need not be computed again if the output is there.
-            let x = if self.upstream.output.is_some() { *hi } else { load::<I, E, FULL>(isa, self.x, at, n) };
+            let x = if self.upstream.output.is_some() { *hi } else { self.x.load::<I, FULL>(isa, at, n) };
             let dy = self.upstream.at::<I, FULL>(isa, x.sub(*hi), [*scale, *shift], at, n);
             if self.scaled { dy.mul(*scale) } else { dy }
         }
     }
 
     #[inline(always)]
-    fn prefetch(&self, isa: I, at: usize) {
-        isa.prefetch(self.x.wrapping_add(at).cast());
+    fn prefetch<I: Isa>(&self, isa: I, at: usize) {
+        if self.upstream.output.is_none() {
+            self.x.prefetch(isa, at);
+        }
+        self.upstream.prefetch(isa, at);
+    }
+}
+
+/// What both halves of a backward pass read.
+#[derive(Clone, Copy)]
+pub(crate) struct Pair<'a, E, U> {
+    pub(crate) x: Source<'a, E>,
+    pub(crate) upstream: U,
+}
+
+impl<E: Element, U: Upstream<E>> Pair<'_, E, U> {
+    #[inline(always)]
+    fn ask_for<I: Isa>(&self, isa: I, at: usize) {
+        self.x.prefetch(isa, at);
         self.upstream.prefetch(isa, at);
     }
 }
 
 /// `dy` and `dy * (x - hi) * inv_std`, `hi` the rounded mean; the parameters are `[hi, inv_std]` and, where the upstream
 /// gradient needs them, the forward pass's `[scale, shift]`.
-struct Weighted<'u, E, U> {
-    x: *const E,
-    upstream: &'u U,
-}
-
-impl<I: Isa, E: Element, U: Upstream<E>, const K: usize> Terms<I, K> for Weighted<'_, E, U> {
+impl<I: Isa, E: Element, U: Upstream<E>, const K: usize> Terms<I, K> for Pair<'_, E, U> {
     type Vector = Compute<I, E>;
 
     #[inline(always)]
@@ -186,8 +189,7 @@ impl<I: Isa, E: Element, U: Upstream<E>, const K: usize> Terms<I, K> for Weighte
         let (hi, inv_std) = (params[0], params[1]);
         // SAFETY: the caller's promise, for both.
         unsafe {
-            let x = if FULL { E::load(isa, self.x.add(at)) } else { E::load_first(isa, self.x.add(at), n, hi) };
-            let centred = x.sub(hi);
+            let centred = self.x.load_or::<I, FULL>(isa, at, n, hi).sub(hi);
             let dy = self.upstream.at::<I, FULL>(isa, centred, [params[K - 2], params[K - 1]], at, n);
             (dy, dy.mul(centred.mul(inv_std)))
         }
@@ -195,8 +197,7 @@ impl<I: Isa, E: Element, U: Upstream<E>, const K: usize> Terms<I, K> for Weighte
 
     #[inline(always)]
     fn prefetch(&self, isa: I, at: usize) {
-        isa.prefetch(self.x.wrapping_add(at).cast());
-        self.upstream.prefetch(isa, at);
+        self.ask_for(isa, at);
     }
 }
 
@@ -208,31 +209,13 @@ fn is_sound([a, b]: [f64; 2]) -> bool {
 /// The sums of one block of a channel, as far as it was seen.
 pub(crate) type Block<I, E, const K: usize> = RunSums<I, Compute<I, E>, K>;
 
-/// Adds a band, see [`RunSums::add`].
-///
-/// # Safety
-/// The band lies inside the tensors.
-#[inline(always)]
-pub(crate) unsafe fn add<I: Isa, E: Element, U: Upstream<E>, const K: usize>(
-    isa: I,
-    x: *const E,
-    upstream: &U,
-    block: &mut Block<I, E, K>,
-    band: Band,
-    ahead: usize,
-) {
-    // SAFETY: the caller's promise.
-    unsafe { block.add(isa, &Weighted { x, upstream }, band, ahead) }
-}
-
 /// `[sum(dy), sum(dy * (x - hi) * inv_std)]` of a block whose runs were all added.
 ///
 /// # Safety
 /// The runs lie inside the tensors.
 #[inline(always)]
 pub(crate) unsafe fn end<I: Isa, E: Element, U: Upstream<E>, const K: usize>(
-    x: *const E,
-    upstream: &U,
+    pair: Pair<'_, E, U>,
     block: &Block<I, E, K>,
     runs: Runs,
 ) -> [f64; 2] {
@@ -242,7 +225,7 @@ pub(crate) unsafe fn end<I: Isa, E: Element, U: Upstream<E>, const K: usize>(
     }
     let elements = runs.starts().flat_map(|start| start..start + runs.len);
     // SAFETY: the elements are those of the runs.
-    unsafe { in_f64(x, upstream, block.params, elements) }
+    unsafe { in_f64(pair, block.params, elements) }
 }
 
 /// The sums over `elements`, one after the other in f64, for what f32 does not hold.
@@ -250,8 +233,7 @@ pub(crate) unsafe fn end<I: Isa, E: Element, U: Upstream<E>, const K: usize>(
 /// # Safety
 /// The elements lie inside the tensors.
 unsafe fn in_f64<E: Element, U: Upstream<E>, const K: usize>(
-    x: *const E,
-    upstream: &U,
+    pair: Pair<'_, E, U>,
     params: [E::Param; K],
     elements: impl Iterator<Item = usize>,
 ) -> [f64; 2] {
@@ -259,23 +241,22 @@ unsafe fn in_f64<E: Element, U: Upstream<E>, const K: usize>(
     elements.fold([0.0, 0.0], |[a, b], at| {
         // SAFETY: the caller's promise.
         let (x, dy) = unsafe {
-            let x = x.add(at).read().to_param();
-            (x, upstream.wide(x - hi, [params[K - 2], params[K - 1]], at))
+            let x = pair.x.get(at);
+            (x, pair.upstream.wide(x - hi, [params[K - 2], params[K - 1]], at))
         };
         [a + dy, b + dy * ((x.to_f64() - hi.to_f64()) * inv_std.to_f64())]
     })
 }
 
 /// `[sum(dy), sum(dy * (x - hi) * inv_std)]` of each channel of a block of rows, for the channels of
-/// `block.columns`; value `k` of channel `first + i` goes to `out[k][i]`. `params(c)` are those of [`Weighted`].
+/// `block.columns`; value `k` of channel `first + i` goes to `out[k][i]`. `params(c)` are those of [`Pair`].
 ///
 /// # Safety
 /// The block lies inside the tensors and starts with a row.
 #[inline(always)]
 pub(crate) unsafe fn of_rows<I: Isa, E: Element, U: Upstream<E>, const K: usize>(
     isa: I,
-    x: *const E,
-    upstream: &U,
+    pair: Pair<'_, E, U>,
     params: impl Fn(usize) -> [E::Param; K],
     block: RowBlock,
     columns: &mut Columns<'_, E::Param>,
@@ -295,7 +276,7 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element, U: Upstream<E>, const K: usize>
         }
     }
     // SAFETY: the caller's promise.
-    unsafe { sums::over_rows::<_, _, _, K>(isa, &Weighted { x, upstream }, block, columns) };
+    unsafe { sums::over_rows::<_, _, _, K>(isa, &pair, block, columns) };
     let width = last - first;
     let [a, b] = out.map(|out| &mut out[..width]);
     let [wide_a, wide_b] = columns.wide.each_ref().map(|wide| &wide[..width]);
@@ -310,7 +291,7 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element, U: Upstream<E>, const K: usize>
     for c in (0..width).filter(|&c| !is_sound([wide_a[c], wide_b[c]])) {
         let elements = (0..block.len / channels).map(|row| block.start + row * channels + first + c);
         // SAFETY: the elements are those of the channel in the block.
-        [a[c], b[c]] = unsafe { in_f64(x, upstream, params(first + c), elements) };
+        [a[c], b[c]] = unsafe { in_f64(pair, params(first + c), elements) };
     }
 }
 
@@ -334,67 +315,31 @@ pub(crate) fn coefficients<R: Real>(
     [mean, inv_std, R::from_f64(slope), rounded, R::from_f64_saturating(scale), R::from_f64(shift)]
 }
 
-/// `dx = dy * scale`, where the statistics are constants.
-pub(crate) struct Scaled<'a, E> {
-    dy: *const E,
-    life: PhantomData<&'a [E]>,
-}
-
-impl<E> Scaled<'_, E> {
-    pub(crate) fn new(dy: *const E) -> Self {
-        Self { dy, life: PhantomData }
-    }
-}
-
-impl<I: Isa, E: Element> Map<I, 1> for Scaled<'_, E> {
+/// `dx`. After the six coefficients comes the forward pass's shift, where the upstream gradient needs it; its scale is among
+/// the six.
+impl<E: Element, U: Upstream<E>, const K: usize> Map<K> for Pair<'_, E, U> {
     type Element = E;
 
     #[inline(always)]
-    unsafe fn at<const FULL: bool>(&self, isa: I, [scale]: &[Compute<I, E>; 1], at: usize, n: usize) -> Compute<I, E> {
-        // SAFETY: the caller's promise.
-        let dy = unsafe {
-            if FULL { E::load(isa, self.dy.add(at)) } else { E::load_first(isa, self.dy.add(at), n, *scale) }
-        };
-        dy.mul(*scale)
-    }
-
-    #[inline(always)]
-    fn prefetch(&self, isa: I, at: usize) {
-        isa.prefetch(self.dy.wrapping_add(at).cast());
-    }
-}
-
-/// `dx` from `x` and the upstream gradient. After the six coefficients comes the forward pass's shift, where the upstream
-/// gradient needs it; its scale is among the six.
-pub(crate) struct InputGradient<'u, E, U> {
-    x: *const E,
-    upstream: &'u U,
-}
-
-impl<'u, E, U> InputGradient<'u, E, U> {
-    pub(crate) fn new(x: *const E, upstream: &'u U) -> Self {
-        Self { x, upstream }
-    }
-}
-
-impl<I: Isa, E: Element, U: Upstream<E>, const K: usize> Map<I, K> for InputGradient<'_, E, U> {
-    type Element = E;
-
-    #[inline(always)]
-    unsafe fn at<const FULL: bool>(&self, isa: I, params: &[Compute<I, E>; K], at: usize, n: usize) -> Compute<I, E> {
+    unsafe fn at<I: Isa, const FULL: bool>(
+        &self,
+        isa: I,
+        params: &[Compute<I, E>; K],
+        at: usize,
+        n: usize,
+    ) -> Compute<I, E> {
         let [hi, inv_std, slope, dy_mean, scale, shift] =
             [params[0], params[1], params[2], params[3], params[4], params[5]];
         // SAFETY: the caller's promise, for both.
         let (centred, dy) = unsafe {
-            let centred = load::<I, E, FULL>(isa, self.x, at, n).sub(hi);
+            let centred = self.x.load::<I, FULL>(isa, at, n).sub(hi);
             (centred, self.upstream.at::<I, FULL>(isa, centred, [scale, params[K - 1]], at, n))
         };
         dy.sub(dy_mean).mul(scale).add(shift).add(centred.mul(inv_std).mul(slope))
     }
 
     #[inline(always)]
-    fn prefetch(&self, isa: I, at: usize) {
-        isa.prefetch(self.x.wrapping_add(at).cast());
-        self.upstream.prefetch(isa, at);
+    fn prefetch<I: Isa>(&self, isa: I, at: usize) {
+        self.ask_for(isa, at);
     }
 }

@@ -7,6 +7,7 @@ use core::ops::Range;
 
 use crate::element::Element;
 use crate::simd::{Compute, Isa, Lanes, MAX_LANES, Storage, Vector};
+use crate::tensor::Disjoint;
 
 /// Bytes of the parameters of a row that stay in a first-level cache beside the tensors.
 const CROWDED: usize = 16 << 10;
@@ -17,7 +18,7 @@ const STRIP: usize = 4 << 10;
 const AHEAD: usize = 8 << 10;
 
 /// A value per element, made of `K` parameters of the channel.
-pub(crate) trait Map<I: Isa, const K: usize> {
+pub(crate) trait Map<const K: usize>: Copy + Sync {
     /// The type that is written.
     type Element: Element;
 
@@ -25,7 +26,7 @@ pub(crate) trait Map<I: Isa, const K: usize> {
     ///
     /// # Safety
     /// The elements lie inside the tensors that the map was made for.
-    unsafe fn at<const FULL: bool>(
+    unsafe fn at<I: Isa, const FULL: bool>(
         &self,
         isa: I,
         params: &[Compute<I, Self::Element>; K],
@@ -34,18 +35,18 @@ pub(crate) trait Map<I: Isa, const K: usize> {
     ) -> Compute<I, Self::Element>;
 
     /// Asks the caches for the elements around `at`, which may lie anywhere.
-    fn prefetch(&self, isa: I, at: usize);
+    fn prefetch<I: Isa>(&self, isa: I, at: usize);
 }
 
 /// Where values go, and how.
 #[derive(Clone, Copy)]
-pub(crate) struct Target<E> {
-    pub(crate) to: *mut E,
+pub(crate) struct Target<'a, E> {
+    pub(crate) to: Disjoint<'a, E>,
     /// Past the caches; never in place.
     pub(crate) streaming: bool,
 }
 
-impl<E: Element> Target<E> {
+impl<E: Element> Target<'_, E> {
     /// Lanes of a logical vector.
     const LANES: usize = MAX_LANES * size_of::<f32>() / size_of::<E::Param>();
 
@@ -67,7 +68,7 @@ impl<E: Element> Target<E> {
     unsafe fn store<I: Isa, const STREAM: bool>(&self, isa: I, value: Compute<I, E>, at: usize) {
         // SAFETY: the caller's promise.
         unsafe {
-            let to = self.to.add(at);
+            let to = self.to.as_ptr().add(at);
             if STREAM { E::stream(isa, value, to) } else { E::store(isa, value, to) }
         }
     }
@@ -76,7 +77,7 @@ impl<E: Element> Target<E> {
     /// element is.
     #[inline(always)]
     fn unaligned(&self, at: usize, lanes: usize) -> Option<usize> {
-        let address = self.to.wrapping_add(at) as usize;
+        let address = self.to.as_ptr().wrapping_add(at) as usize;
         let bytes = address.wrapping_neg() % (lanes * size_of::<E>());
         bytes.is_multiple_of(size_of::<E>()).then_some(bytes / size_of::<E>())
     }
@@ -119,218 +120,161 @@ impl<R: Lanes> Periodic<'_, R> {
 
 /// Writes the elements of consecutive planes, one channel after another, a part at a time. Stores are whole vectors,
 /// aligned, but for the first and the last.
-pub(crate) struct Planes<'a, I: Isa, M: Map<I, K>, const K: usize> {
-    isa: I,
-    map: &'a M,
-    /// Of each channel; after the last one comes the first again.
-    params: &'a [[<M::Element as Element>::Param; K]],
+#[derive(Clone, Copy)]
+pub(crate) struct Planes<'a, M: Map<K>, const K: usize> {
+    map: M,
     plane: usize,
-    target: Target<M::Element>,
-    /// The next element to be written, its channel, and the end of its plane.
-    at: usize,
+    target: Target<'a, M::Element>,
+    /// The next element to be written, its channel among the parameters, and the end of its plane.
+    pub(crate) at: usize,
     channel: usize,
     plane_end: usize,
-    end: usize,
+    pub(crate) end: usize,
+    /// Elements before the first aligned vector, as long as they are not written.
+    head: usize,
     /// How far from what is written elements are prefetched to be read, and to be written; 0 for none.
-    ahead: usize,
-    to_ahead: usize,
+    pub(crate) ahead: usize,
+    pub(crate) to_ahead: usize,
 }
 
-impl<'a, I: Isa, M: Map<I, K>, const K: usize> Planes<'a, I, M, K> {
-    const LANES: usize = <Compute<I, M::Element> as Vector<I>>::LANES;
+/// Of each channel; after the last one comes the first again.
+type Params<'p, M, const K: usize> = &'p [[<<M as Map<K>>::Element as Element>::Param; K]];
 
-    /// The elements of `range`, the first in the plane that ends at `plane_end`, of the first channel of `params`.
+impl<'a, M: Map<K>, const K: usize> Planes<'a, M, K> {
+    const LANES: usize = Target::<M::Element>::LANES;
+
+    /// The elements of `range`, the first in the plane that ends at `plane_end`, of a channel given by its place among the
+    /// parameters.
     ///
     /// # Safety
     /// The range lies inside the tensors that `map` was made for and the one of `target`, and nothing else accesses those
     /// elements of it until all are written.
-    #[inline(always)]
     pub(crate) unsafe fn new(
-        isa: I,
-        map: &'a M,
-        params: &'a [[<M::Element as Element>::Param; K]],
+        map: M,
         plane: usize,
         (range, channel, plane_end): (Range<usize>, usize, usize),
-        target: Target<M::Element>,
+        target: Target<'a, M::Element>,
     ) -> Self {
         let Range { start: at, end } = range;
-        let mut planes = Self { isa, map, params, plane, target, at, channel, plane_end, end, ahead: 0, to_ahead: 0 };
         let head = target.unaligned(at, Self::LANES).unwrap_or(0).min(end - at);
-        if head > 0 {
-            // SAFETY: the elements lie inside the range.
-            unsafe { planes.some::<false, false>(head) };
-        }
-        planes
+        Self { map, plane, target, at, channel, plane_end, end, head, ahead: 0, to_ahead: 0 }
     }
 
     #[inline(always)]
-    fn params(&self, channel: usize) -> [Compute<I, M::Element>; K] {
-        let mut vectors = [Compute::<I, M::Element>::splat(self.isa, Default::default()); K];
-        for (vector, &param) in vectors.iter_mut().zip(&self.params[channel]) {
-            *vector = Compute::<I, M::Element>::splat(self.isa, param);
+    fn splat<I: Isa>(&self, isa: I, params: Params<'_, M, K>) -> [Compute<I, M::Element>; K] {
+        let mut vectors = [Compute::<I, M::Element>::splat(isa, Default::default()); K];
+        for (vector, &param) in vectors.iter_mut().zip(&params[self.channel]) {
+            *vector = Compute::<I, M::Element>::splat(isa, param);
         }
         vectors
     }
 
-    /// Writes the vectors that end up to `to`, and at the end of the range what is left.
+    /// Writes the vectors that end up to `to`, and at the end of the range what is left; the first elements always.
     #[inline(always)]
-    pub(crate) fn write_to(&mut self, to: usize) {
-        if self.target.streaming { self.write::<true>(to) } else { self.write::<false>(to) }
-    }
-
-    #[inline(always)]
-    fn write<const STREAM: bool>(&mut self, to: usize) {
+    pub(crate) fn write_to<I: Isa>(&mut self, isa: I, params: Params<'_, M, K>, to: usize) {
         let to = to.min(self.end);
-        // SAFETY: the elements lie inside the range, whose end `to` does not pass; see `new`.
+        // SAFETY: the elements lie inside the range, whose end neither the head nor `to` passes; see `new`.
         unsafe {
-            while self.at + Self::LANES <= to {
-                if self.at + Self::LANES <= self.plane_end {
-                    self.within_plane::<STREAM>(to.min(self.plane_end));
-                } else {
-                    self.some::<true, STREAM>(Self::LANES);
-                }
+            if self.head > 0 {
+                self.some::<I, false, false>(isa, params, self.head);
+                self.head = 0;
+            }
+            if self.target.streaming {
+                self.whole::<I, true>(isa, params, to);
+            } else {
+                self.whole::<I, false>(isa, params, to);
             }
             if to == self.end && self.at < to {
-                self.some::<false, STREAM>(to - self.at);
+                self.some::<I, false, false>(isa, params, to - self.at);
             }
         }
     }
 
-    /// Whole vectors of one plane.
+    /// Whole vectors, of one or more planes each.
     #[inline(always)]
-    unsafe fn within_plane<const STREAM: bool>(&mut self, to: usize) {
-        let params = self.params(self.channel);
+    unsafe fn whole<I: Isa, const STREAM: bool>(&mut self, isa: I, params: Params<'_, M, K>, to: usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            while self.at + Self::LANES <= to {
+                let end = to.min(self.plane_end);
+                if self.at + Self::LANES > self.plane_end {
+                    self.some::<I, true, STREAM>(isa, params, Self::LANES);
+                } else if self.ahead != 0 || self.to_ahead != 0 {
+                    self.within_plane::<I, STREAM, true>(isa, params, end);
+                } else {
+                    self.within_plane::<I, STREAM, false>(isa, params, end);
+                }
+            }
+        }
+    }
+
+    /// Whole vectors of one plane, with or without prefetches.
+    #[inline(always)]
+    unsafe fn within_plane<I: Isa, const STREAM: bool, const ASK: bool>(
+        &mut self,
+        isa: I,
+        params: Params<'_, M, K>,
+        to: usize,
+    ) {
+        let vectors = self.splat(isa, params);
         let mut at = self.at;
         while at + Self::LANES <= to {
-            if self.ahead != 0 {
-                self.map.prefetch(self.isa, at.wrapping_add(self.ahead));
+            if ASK && self.ahead != 0 {
+                self.map.prefetch(isa, at.wrapping_add(self.ahead));
             }
-            if self.to_ahead != 0 {
-                self.isa.prefetch_write(self.target.to.wrapping_add(at + self.to_ahead).cast());
+            if ASK && self.to_ahead != 0 {
+                isa.prefetch_write(self.target.to.as_ptr().wrapping_add(at + self.to_ahead).cast());
             }
             // SAFETY: the caller's promise.
             unsafe {
-                let value = self.map.at::<true>(self.isa, &params, at, Self::LANES);
-                self.target.store::<I, STREAM>(self.isa, value, at);
+                let value = self.map.at::<I, true>(isa, &vectors, at, Self::LANES);
+                self.target.store::<I, STREAM>(isa, value, at);
             }
             at += Self::LANES;
         }
         self.at = at;
-        self.pass_planes();
+        if at == self.plane_end {
+            self.pass_plane(params.len());
+        }
     }
 
     /// The next `n` elements, a whole vector if `FULL`, in any number of planes.
     #[inline(always)]
-    unsafe fn some<const FULL: bool, const STREAM: bool>(&mut self, n: usize) {
+    unsafe fn some<I: Isa, const FULL: bool, const STREAM: bool>(
+        &mut self,
+        isa: I,
+        params: Params<'_, M, K>,
+        n: usize,
+    ) {
         let at = self.at;
         // SAFETY: the caller's promise, for all.
-        let mut value = unsafe { self.map.at::<FULL>(self.isa, &self.params(self.channel), at, n) };
+        let mut value = unsafe { self.map.at::<I, FULL>(isa, &self.splat(isa, params), at, n) };
         self.at += n;
         while self.plane_end < self.at {
             let done = self.plane_end - at;
-            self.plane_end += self.plane;
-            self.channel = self.next_channel();
+            self.pass_plane(params.len());
             // SAFETY: as above.
-            let next = unsafe { self.map.at::<FULL>(self.isa, &self.params(self.channel), at, n) };
+            let next = unsafe { self.map.at::<I, FULL>(isa, &self.splat(isa, params), at, n) };
             value = value.first(done, next);
         }
         // SAFETY: as above.
         unsafe {
             if FULL {
-                self.target.store::<I, STREAM>(self.isa, value, at);
+                self.target.store::<I, STREAM>(isa, value, at);
             } else {
-                M::Element::store_first(self.isa, value, self.target.to.add(at), n);
+                M::Element::store_first(isa, value, self.target.to.as_ptr().add(at), n);
             }
         }
-        self.pass_planes();
-    }
-
-    #[inline(always)]
-    fn next_channel(&self) -> usize {
-        if self.channel + 1 == self.params.len() { 0 } else { self.channel + 1 }
-    }
-
-    /// Goes on to the next plane at the end of one.
-    #[inline(always)]
-    fn pass_planes(&mut self) {
         if self.at == self.plane_end {
-            self.plane_end += self.plane;
-            self.channel = self.next_channel();
-        }
-    }
-}
-
-/// Writes the planes of neighbouring channels, image after image, in step with what else the caller does.
-pub(crate) struct Images<'a, I: Isa, M: Map<I, K>, const K: usize> {
-    planes: Planes<'a, I, M, K>,
-    /// Elements from one image to the next, and of each.
-    pitch: usize,
-    len: usize,
-    /// Images after this one.
-    left: usize,
-    /// Elements that may be written.
-    budget: usize,
-    /// Images that follow for as long as elements are prefetched, and how far away those are.
-    ahead: (usize, usize),
-}
-
-impl<'a, I: Isa, M: Map<I, K>, const K: usize> Images<'a, I, M, K> {
-    /// `params` has an entry for each channel, whose planes in the first image begin at `start`. While at least `ahead.0`
-    /// images follow, the elements `ahead.1` further on are prefetched.
-    ///
-    /// # Safety
-    /// As [`Planes::new`], for those of all `images`.
-    #[inline(always)]
-    pub(crate) unsafe fn new(
-        isa: I,
-        map: &'a M,
-        params: &'a [[<M::Element as Element>::Param; K]],
-        (start, plane, pitch, images): (usize, usize, usize, usize),
-        target: Target<M::Element>,
-        ahead: (usize, usize),
-    ) -> Self {
-        let len = params.len() * plane;
-        // SAFETY: the caller's promise; the range is empty, and the first image is gone to by `write`.
-        let planes = unsafe { Planes::new(isa, map, params, plane, (start..start, 0, start), target) };
-        let mut images = Self { planes, pitch, len, left: images, budget: 0, ahead };
-        if len > 0 {
-            images.next_image(start);
-        } else {
-            images.left = 0;
-        }
-        images
-    }
-
-    #[inline(always)]
-    fn next_image(&mut self, start: usize) {
-        self.left -= 1;
-        let Planes { isa, map, params, plane, target, .. } = self.planes;
-        let places = (start..start + self.len, 0, start + plane);
-        // SAFETY: the promise of `new`.
-        self.planes = unsafe { Planes::new(isa, map, params, plane, places, target) };
-        self.planes.ahead = if self.left >= self.ahead.0 { self.ahead.1 } else { 0 };
-        self.planes.to_ahead = if target.streaming || self.left == 0 { 0 } else { self.pitch };
-    }
-
-    /// Writes about `n` elements more.
-    #[inline(always)]
-    pub(crate) fn write(&mut self, n: usize) {
-        self.budget += n;
-        loop {
-            let from = self.planes.at;
-            self.planes.write_to((from + self.budget).min(self.planes.end));
-            self.budget -= self.planes.at - from;
-            if self.planes.at < self.planes.end || self.left == 0 {
-                return;
-            }
-            self.next_image(self.planes.end - self.len + self.pitch);
+            self.pass_plane(params.len());
         }
     }
 
-    /// Writes what is left.
+    /// Goes on to the next plane.
     #[inline(always)]
-    pub(crate) fn finish(mut self) {
-        self.write((self.left + 1) * self.len);
+    fn pass_plane(&mut self, channels: usize) {
+        self.plane_end += self.plane;
+        self.channel = if self.channel + 1 == channels { 0 } else { self.channel + 1 };
     }
 }
 
@@ -341,12 +285,12 @@ impl<'a, I: Isa, M: Map<I, K>, const K: usize> Images<'a, I, M, K> {
 /// The elements lie inside the tensors that `map` was made for and the one of `target`, and nothing else accesses those of it
 /// meanwhile.
 #[inline(always)]
-pub(crate) unsafe fn over_rows<I: Isa, M: Map<I, K>, const K: usize>(
+pub(crate) unsafe fn over_rows<I: Isa, M: Map<K>, const K: usize>(
     isa: I,
-    map: &M,
+    map: M,
     params: Periodic<'_, <M::Element as Element>::Param>,
     at: (usize, usize),
-    target: Target<M::Element>,
+    target: Target<'_, M::Element>,
 ) {
     assert!(params.period >= MAX_LANES && params.lead + params.period + MAX_LANES <= params.padded);
     assert!(params.params.len() >= K * params.padded);
@@ -361,21 +305,21 @@ pub(crate) unsafe fn over_rows<I: Isa, M: Map<I, K>, const K: usize>(
 }
 
 #[inline(always)]
-unsafe fn rows<I: Isa, M: Map<I, K>, const K: usize, const STREAM: bool>(
+unsafe fn rows<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
     isa: I,
-    map: &M,
+    map: M,
     mut params: Periodic<'_, <M::Element as Element>::Param>,
     (start, len): (usize, usize),
-    target: Target<M::Element>,
+    target: Target<'_, M::Element>,
 ) {
     let lanes = Compute::<I, M::Element>::LANES;
     let period = params.period;
     // SAFETY: all elements lie inside the span, which is the caller's promise.
     unsafe {
-        let to = target.to.add(start);
+        let to = target.to.as_ptr().add(start);
         let head = target.unaligned(start, lanes).unwrap_or(0).min(len);
         if head > 0 {
-            let value = map.at::<false>(isa, &params.get(isa), start, head);
+            let value = map.at::<I, false>(isa, &params.get(isa), start, head);
             M::Element::store_first(isa, value, to, head);
             params.pass(head);
         }
@@ -394,7 +338,7 @@ unsafe fn rows<I: Isa, M: Map<I, K>, const K: usize, const STREAM: bool>(
                         let at = start + i + row * period + c;
                         // Strips are too short for the CPU to foresee the next.
                         map.prefetch(isa, at + 2 * period);
-                        let value = map.at::<true>(isa, &params.get(isa), at, lanes);
+                        let value = map.at::<I, true>(isa, &params.get(isa), at, lanes);
                         target.store::<I, STREAM>(isa, value, at);
                         params.pass(lanes);
                     }
@@ -406,13 +350,13 @@ unsafe fn rows<I: Isa, M: Map<I, K>, const K: usize, const STREAM: bool>(
             if STREAM {
                 map.prefetch(isa, start + i + AHEAD / size_of::<M::Element>());
             }
-            let value = map.at::<true>(isa, &params.get(isa), start + i, lanes);
+            let value = map.at::<I, true>(isa, &params.get(isa), start + i, lanes);
             target.store::<I, STREAM>(isa, value, start + i);
             params.pass(lanes);
             i += lanes;
         }
         if i < len {
-            let value = map.at::<false>(isa, &params.get(isa), start + i, len - i);
+            let value = map.at::<I, false>(isa, &params.get(isa), start + i, len - i);
             M::Element::store_first(isa, value, to.add(i), len - i);
         }
     }

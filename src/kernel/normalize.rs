@@ -3,12 +3,11 @@
 //! With `hi` the mean rounded to the computed type and `scale = gamma * inv_std`, `y = (x - hi) * scale + shift`:
 //! the difference is exact near the mean, and what `hi` lacks of the mean is in `shift`.
 
-use core::marker::PhantomData;
-
 use super::map::Map;
 use crate::activation::Bend;
 use crate::element::{Element, Real};
 use crate::simd::{Compute, Isa, Vector};
+use crate::tensor::Source;
 
 /// A channel's `[hi, scale, shift]`.
 #[inline(always)]
@@ -18,22 +17,14 @@ pub(crate) fn coefficients<R: Real>(mean: R, residue: R, inv_std: f64, gamma: f6
 }
 
 /// `y` from `x`.
-pub(crate) struct Normalize<'a, E> {
-    x: *const E,
-    life: PhantomData<&'a [E]>,
-}
+#[derive(Clone, Copy)]
+pub(crate) struct Normalize<'a, E>(pub(crate) Source<'a, E>);
 
-impl<E> Normalize<'_, E> {
-    pub(crate) fn new(x: *const E) -> Self {
-        Self { x, life: PhantomData }
-    }
-}
-
-impl<I: Isa, E: Element> Map<I, 3> for Normalize<'_, E> {
+impl<E: Element> Map<3> for Normalize<'_, E> {
     type Element = E;
 
     #[inline(always)]
-    unsafe fn at<const FULL: bool>(
+    unsafe fn at<I: Isa, const FULL: bool>(
         &self,
         isa: I,
         [hi, scale, shift]: &[Compute<I, E>; 3],
@@ -41,69 +32,49 @@ impl<I: Isa, E: Element> Map<I, 3> for Normalize<'_, E> {
         n: usize,
     ) -> Compute<I, E> {
         // SAFETY: the caller's promise.
-        let x = unsafe { if FULL { E::load(isa, self.x.add(at)) } else { E::load_first(isa, self.x.add(at), n, *hi) } };
+        let x = unsafe { self.0.load::<I, FULL>(isa, at, n) };
         x.sub(*hi).mul(*scale).add(*shift)
     }
 
     #[inline(always)]
-    fn prefetch(&self, isa: I, at: usize) {
-        isa.prefetch(self.x.wrapping_add(at).cast());
+    fn prefetch<I: Isa>(&self, isa: I, at: usize) {
+        self.0.prefetch(isa, at);
     }
 }
 
 /// `y` from `x`, with a residual if there is one, bent.
+#[derive(Clone, Copy)]
 pub(crate) struct Activated<'a, E: Element> {
-    normalize: Normalize<'a, E>,
-    residual: Option<*const E>,
-    bend: Bend<E::Param>,
+    pub(crate) normalize: Normalize<'a, E>,
+    pub(crate) residual: Option<Source<'a, E>>,
+    pub(crate) bend: Bend<E::Param>,
 }
 
-impl<E: Element> Activated<'_, E> {
-    pub(crate) fn new(x: *const E, residual: Option<*const E>, bend: Bend<E::Param>) -> Self {
-        Self { normalize: Normalize::new(x), residual, bend }
-    }
-}
-
-impl<I: Isa, E: Element> Map<I, 3> for Activated<'_, E> {
+impl<E: Element> Map<3> for Activated<'_, E> {
     type Element = E;
 
     #[inline(always)]
-    unsafe fn at<const FULL: bool>(&self, isa: I, params: &[Compute<I, E>; 3], at: usize, n: usize) -> Compute<I, E> {
+    unsafe fn at<I: Isa, const FULL: bool>(
+        &self,
+        isa: I,
+        params: &[Compute<I, E>; 3],
+        at: usize,
+        n: usize,
+    ) -> Compute<I, E> {
         // SAFETY: the caller's promise.
-        let mut value = unsafe { self.normalize.at::<FULL>(isa, params, at, n) };
+        let mut value = unsafe { self.normalize.at::<I, FULL>(isa, params, at, n) };
         if let Some(residual) = self.residual {
             // SAFETY: the caller's promise.
-            value = value.add(unsafe { load::<I, E, FULL>(isa, residual, at, n) });
+            value = value.add(unsafe { residual.load::<I, FULL>(isa, at, n) });
         }
         self.bend.apply(isa, value, value)
     }
 
     #[inline(always)]
-    fn prefetch(&self, isa: I, at: usize) {
-        Map::<I, 3>::prefetch(&self.normalize, isa, at);
+    fn prefetch<I: Isa>(&self, isa: I, at: usize) {
+        self.normalize.prefetch(isa, at);
         if let Some(residual) = self.residual {
-            isa.prefetch(residual.wrapping_add(at).cast());
-        }
-    }
-}
-
-/// The elements from `at`: of a whole vector if `FULL`, else the first `n` and zeros.
-///
-/// # Safety
-/// They can be read.
-#[inline(always)]
-pub(crate) unsafe fn load<I: Isa, E: Element, const FULL: bool>(
-    isa: I,
-    from: *const E,
-    at: usize,
-    n: usize,
-) -> Compute<I, E> {
-    // SAFETY: the caller's promise.
-    unsafe {
-        if FULL {
-            E::load(isa, from.add(at))
-        } else {
-            E::load_first(isa, from.add(at), n, Compute::<I, E>::splat(isa, Default::default()))
+            residual.prefetch(isa, at);
         }
     }
 }

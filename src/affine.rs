@@ -1,0 +1,122 @@
+//! What the caller gives beside the input, and wants beside the output: scale, offset and what follows them; gradients.
+
+use core::ops::Range;
+
+use crate::activation::Activation;
+use crate::element::Element;
+#[cfg(doc)]
+use crate::plan::BatchNorm;
+
+/// What follows normalization, `y = act(gamma * xhat + beta + residual)`: the trained scale and offset of each channel, `C`
+/// values each, a tensor that is added, and an activation. The same is given to the forward and to the backward pass.
+///
+/// ```
+/// # use batchnorm::{Activation, Affine};
+/// # let (gamma, beta, residual) = ([1f32; 3], [0f32; 3], [0f32; 6]);
+/// let affine = Affine::<f32>::new(&gamma, &beta).with_residual(&residual).with_activation(Activation::Relu);
+/// ```
+#[derive(Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Affine<'a, E: Element> {
+    /// The scale; `None` stands for ones.
+    pub gamma: Option<&'a [E::Param]>,
+    /// The offset; `None` stands for zeros.
+    pub beta: Option<&'a [E::Param]>,
+    /// A tensor that is added before the activation.
+    pub residual: Option<&'a [E]>,
+    /// What is applied last.
+    pub activation: Activation,
+    /// The output of the forward pass. From its sign the backward pass sees where the activation bent; without it the
+    /// argument of the activation is computed again, from `x`, gamma, beta and the residual. Forward passes ignore it.
+    pub output: Option<&'a [E]>,
+}
+
+impl<E: Element> Clone for Affine<'_, E> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<E: Element> Copy for Affine<'_, E> {}
+
+impl<'a, E: Element> Affine<'a, E> {
+    /// Scale and offset.
+    pub fn new(gamma: &'a [E::Param], beta: &'a [E::Param]) -> Self {
+        Self::of(Some(gamma), Some(beta))
+    }
+
+    /// The scale alone.
+    pub fn scale(gamma: &'a [E::Param]) -> Self {
+        Self::of(Some(gamma), None)
+    }
+
+    /// Neither: `y = xhat`. The same as `Affine::default()`.
+    pub fn none() -> Self {
+        Self::of(None, None)
+    }
+
+    /// Scale and offset, where there are.
+    pub fn of(gamma: Option<&'a [E::Param]>, beta: Option<&'a [E::Param]>) -> Self {
+        Self { gamma, beta, residual: None, activation: Activation::None, output: None }
+    }
+
+    /// With a tensor added before the activation.
+    #[must_use]
+    pub fn with_residual(self, residual: &'a [E]) -> Self {
+        Self { residual: Some(residual), ..self }
+    }
+
+    /// With an activation.
+    #[must_use]
+    pub fn with_activation(self, activation: Activation) -> Self {
+        Self { activation, ..self }
+    }
+
+    /// With the output of the forward pass, for the backward pass.
+    #[must_use]
+    pub fn with_output(self, output: &'a [E]) -> Self {
+        Self { output: Some(output), ..self }
+    }
+
+    /// Whether nothing follows scale and offset.
+    pub(crate) fn is_last(&self) -> bool {
+        self.residual.is_none() && self.activation == Activation::None
+    }
+
+    /// That of a part of the batch.
+    pub(crate) fn part(self, range: Range<usize>) -> Self {
+        let of = |tensor: Option<&'a [E]>| tensor.map(|tensor| &tensor[range.clone()]);
+        Self { residual: of(self.residual), output: of(self.output), ..self }
+    }
+}
+
+impl<E: Element> Default for Affine<'_, E> {
+    fn default() -> Self {
+        Self::none()
+    }
+}
+
+/// The gradients that [`BatchNorm::backward`] is to write: any subset.
+///
+/// ```
+/// # use batchnorm::Gradients;
+/// # let mut dx = [0f32; 4];
+/// let frozen_affine = Gradients::<f32> { dx: Some(&mut dx), ..Default::default() };
+/// ```
+#[derive(Debug, PartialEq)]
+pub struct Gradients<'a, E: Element> {
+    /// With respect to the input, of the input's length.
+    pub dx: Option<&'a mut [E]>,
+    /// With respect to gamma, `C` values.
+    pub dgamma: Option<&'a mut [E::Param]>,
+    /// With respect to beta, `C` values.
+    pub dbeta: Option<&'a mut [E::Param]>,
+    /// With respect to the residual, of the input's length: what the activation lets through of `dy`.
+    pub dresidual: Option<&'a mut [E]>,
+}
+
+impl<E: Element> Default for Gradients<'_, E> {
+    fn default() -> Self {
+        Self { dx: None, dgamma: None, dbeta: None, dresidual: None }
+    }
+}

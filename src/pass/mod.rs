@@ -1,0 +1,471 @@
+//! The drivers: grid, then threads, then kernels. A pass reduces each channel to a few sums, closes them into
+//! statistics, and applies a map with coefficients made of those; either half can run alone.
+
+mod planar;
+mod rows;
+
+use core::marker::PhantomData;
+use core::ops::Range;
+
+use planar::{Closing, Reader, Reduce, Writing};
+
+use crate::element::{Element, Real};
+use crate::grid::{Band, Geometry, Planar, Rows, Runs, for_each_piece, pieces};
+use crate::kernel::map::{Map, Target};
+use crate::kernel::sums::{Columns, RowBlock};
+use crate::moments::MergeWeights;
+use crate::scratch::{Need, Scratch};
+use crate::simd::{Dispatched, Isa, Kernel, MAX_LANES, dispatch};
+use crate::tensor::Disjoint;
+
+/// Parameters of the terms that a reduction of rows may have.
+const TERM_PARAMS: usize = 4;
+/// Elements that are mapped at a stretch, but no fewer than a few rows.
+const MAP_STRETCH: usize = 16384;
+/// The most channels of a batch.
+pub(crate) const BATCH: usize = 16;
+/// The shortest plane, and the shortest run of the planes of a batch, that a pass goes over once; in bytes.
+const FUSED_PLANE: usize = 512;
+const FUSED_RUN: usize = 4096;
+/// Merges of one channel that are worth another thread.
+const MERGES: usize = 65536;
+
+/// A value of each of up to [`BATCH`] neighbouring channels. Channels are closed together: the roots and quotients of one
+/// take as long as many of its elements.
+pub(crate) type Each<T> = [T; BATCH];
+
+/// The first half of a pass: `S` values in f64 per channel.
+pub(crate) trait Reduction<E: Element, const S: usize>: Sync {
+    /// What is known of a block of a channel while its runs are read.
+    type Block<I: Isa>: Copy;
+
+    /// A block that was not started.
+    fn blank<I: Isa>(&self, isa: I) -> Self::Block<I>;
+
+    /// Starts a block.
+    ///
+    /// # Safety
+    /// The runs come from the grid of the tensors' shape.
+    unsafe fn begin<I: Isa>(&self, isa: I, channel: usize, runs: Runs) -> Self::Block<I>;
+
+    /// Adds a band of the block, or a part of it of whole groups. The elements `ahead` of it are prefetched, none for 0.
+    ///
+    /// # Safety
+    /// The band lies inside the tensors.
+    unsafe fn add<I: Isa>(&self, isa: I, block: &mut Self::Block<I>, band: Band, ahead: usize);
+
+    /// The values of a block whose runs were all added.
+    ///
+    /// # Safety
+    /// As [`Reduction::begin`].
+    unsafe fn end<I: Isa>(&self, isa: I, block: &Self::Block<I>, runs: Runs) -> [f64; S];
+
+    /// The values of the channels of one block of rows; of channel `block.columns.0 + i` in `out[k][i]`.
+    ///
+    /// # Safety
+    /// The block comes from the grid of the tensors' shape.
+    unsafe fn rows<I: Isa>(&self, isa: I, block: RowBlock, columns: &mut Columns<'_, E::Param>, out: [&mut [f64]; S]);
+
+    /// The values of two neighbouring sets.
+    fn merge(weights: MergeWeights, a: [f64; S], b: [f64; S]) -> [f64; S];
+}
+
+/// What is made of the values of up to [`BATCH`] channels. It is called once for each channel, by any thread. Not generic, so
+/// that reductions are not compiled again for each use.
+type Close<'c, T, const S: usize> = &'c (dyn Fn(Range<usize>, &[Each<f64>; S]) -> T + Sync);
+
+/// The coefficients of up to [`BATCH`] channels.
+type Given<'c, P, const K: usize> = &'c (dyn Fn(Range<usize>) -> [Each<P>; K] + Sync);
+
+/// The order in which a tensor is mapped, stretch by stretch.
+#[derive(Clone, Copy)]
+enum Order {
+    Forwards,
+    /// After a reduction: what it read last may still be in a cache.
+    Backwards,
+}
+
+impl Order {
+    fn over(self, stretches: Range<usize>) -> impl Iterator<Item = usize> {
+        let Range { start, end } = stretches;
+        (start..end).map(move |i| match self {
+            Order::Forwards => i,
+            Order::Backwards => start + end - 1 - i,
+        })
+    }
+}
+
+/// How a pass runs.
+#[derive(Clone, Copy)]
+pub(crate) struct Context {
+    pub(crate) geometry: Geometry,
+    pub(crate) tier: Dispatched,
+    pub(crate) workers: usize,
+    /// Channels that a thread takes at once, at most [`BATCH`].
+    pub(crate) batch: usize,
+    /// Whether tensors come from memory: then it pays to ask for them ahead, and to read them once.
+    pub(crate) large: bool,
+}
+
+impl Context {
+    /// Whether each thread has whole channels, rather than blocks of them.
+    fn by_channel(&self, planar: Planar) -> bool {
+        planar.channels >= 8 * self.workers || planar.channels.is_multiple_of(self.workers)
+    }
+
+    /// Whether both halves go over the tensor together: not where it stays in a cache, nor in short steps.
+    fn fused<E>(&self, planar: Planar) -> bool {
+        let plane = planar.plane * size_of::<E>();
+        let run = plane * self.batch.min(planar.channels);
+        self.large && plane >= FUSED_PLANE && run >= FUSED_RUN && self.by_channel(planar)
+    }
+
+    /// Scratch for a reduction to `S` values and a map of `K` coefficients; either may be 0 for none.
+    pub(crate) fn need<const S: usize, const K: usize>(&self) -> Need {
+        match self.geometry {
+            // A shape need not have been allocated to be asked about, so these products saturate.
+            Geometry::Planar(planar) => Need {
+                wide: if self.by_channel(planar) { 0 } else { planar.channels.saturating_mul(planar.blocks()) }
+                    .saturating_mul(S),
+                narrow: planar.channels.saturating_mul(K),
+            },
+            Geometry::Rows(rows) => {
+                let work = if S > 0 { self.row_pieces(rows).saturating_mul(self.row_width(rows)) } else { 0 };
+                let values = rows.channels.saturating_mul(rows.blocks()).saturating_mul(S);
+                Need {
+                    wide: values.saturating_add(work.saturating_mul(2)),
+                    narrow: rows.padded().saturating_mul(K).saturating_add(work.saturating_mul(TERM_PARAMS + 2)),
+                }
+            }
+        }
+    }
+
+    fn row_width(&self, rows: Rows) -> usize {
+        rows.tile_width(rows.tiles(self.workers))
+    }
+
+    fn row_pieces(&self, rows: Rows) -> usize {
+        pieces(self.workers, rows.blocks() * rows.tiles(self.workers))
+    }
+
+    /// Reduces, makes coefficients of each channel's values, and maps.
+    ///
+    /// # Safety
+    /// The tensors of both halves have the shape of the geometry, and nothing else writes them or what `close`
+    /// records meanwhile.
+    pub(crate) unsafe fn run<E, R, M, const S: usize, const K: usize>(
+        self,
+        reduction: &R,
+        close: Close<'_, [Each<E::Param>; K], S>,
+        map: M,
+        target: Target<'_, E>,
+        scratch: &mut Scratch<E::Param>,
+    ) where
+        E: Element,
+        R: Reduction<E, S>,
+        M: Map<K, Element = E>,
+    {
+        let (wide, narrow) = scratch.parts(self.need::<S, K>());
+        match self.geometry {
+            Geometry::Planar(planar) if self.fused::<E>(planar) => {
+                for_each_piece(self.workers, planar.channels, &|_, channels| {
+                    let reader = self.reader(planar, channels, reduction);
+                    // SAFETY: these channels belong to this piece alone.
+                    let mut writing = unsafe { Writing::new(self.tier, &reader, map, target, close) };
+                    dispatch(self.tier, Reduce { reader, beside: &mut writing });
+                    writing.finish();
+                    self.fence(target);
+                });
+            }
+            Geometry::Planar(planar) => {
+                let coefficients: &mut [[E::Param; K]] = narrow.as_chunks_mut().0;
+                let out = Disjoint::new(coefficients);
+                self.reduce_planar(planar, reduction, wide, &|channels, values| {
+                    // SAFETY: each channel is closed once.
+                    transpose(&plain(close(channels.clone(), values)), unsafe { out.slice(channels) });
+                });
+                self.map_planar(planar, map, target, coefficients, Order::Backwards);
+            }
+            Geometry::Rows(rows) => {
+                let (coefficients, work) = narrow.split_at_mut(K * rows.padded());
+                let (out, lead) = (Disjoint::new(coefficients), target.lead());
+                self.reduce_rows(rows, reduction, wide, work, &|channels, values| {
+                    let coefficients = plain(close(channels.clone(), values));
+                    // SAFETY: each channel is closed once.
+                    unsafe { set_columns(rows, out, lead, channels, &coefficients) }
+                });
+                self.map_rows(rows, map, target, coefficients, Order::Backwards);
+            }
+        }
+    }
+
+    /// Reduces and closes each channel.
+    ///
+    /// # Safety
+    /// As [`Context::run`], for the first half.
+    pub(crate) unsafe fn reduce<E, R, const S: usize>(
+        self,
+        reduction: &R,
+        close: Close<'_, (), S>,
+        scratch: &mut Scratch<E::Param>,
+    ) where
+        E: Element,
+        R: Reduction<E, S>,
+    {
+        let (wide, narrow) = scratch.parts(self.need::<S, 0>());
+        match self.geometry {
+            Geometry::Planar(planar) => self.reduce_planar(planar, reduction, wide, close),
+            Geometry::Rows(rows) => self.reduce_rows(rows, reduction, wide, narrow, close),
+        }
+    }
+
+    /// Maps, with the coefficients given.
+    ///
+    /// # Safety
+    /// As [`Context::run`], for the second half.
+    pub(crate) unsafe fn apply<E, M, const K: usize>(
+        self,
+        map: M,
+        given: Given<'_, E::Param, K>,
+        target: Target<'_, E>,
+        scratch: &mut Scratch<E::Param>,
+    ) where
+        E: Element,
+        M: Map<K, Element = E>,
+    {
+        let (_, narrow) = scratch.parts(self.need::<0, K>());
+        match self.geometry {
+            Geometry::Planar(planar) => {
+                let coefficients: &mut [[E::Param; K]] = narrow.as_chunks_mut().0;
+                for channels in batches(0..planar.channels) {
+                    transpose(&plain(given(channels.clone())), &mut coefficients[channels]);
+                }
+                self.map_planar(planar, map, target, coefficients, Order::Forwards);
+            }
+            Geometry::Rows(rows) => {
+                let (out, lead) = (Disjoint::new(narrow), target.lead());
+                for channels in batches(0..rows.channels) {
+                    // SAFETY: no other thread knows the scratch yet.
+                    unsafe { set_columns(rows, out, lead, channels.clone(), &plain(given(channels))) }
+                }
+                self.map_rows(rows, map, target, narrow, Order::Forwards);
+            }
+        }
+    }
+
+    /// Makes streamed stores visible to other threads in order.
+    fn fence<E>(self, target: Target<'_, E>) {
+        if target.streaming {
+            dispatch(self.tier, Fence);
+        }
+    }
+
+    fn reader<E, R>(self, planar: Planar, channels: Range<usize>, reduction: &R) -> Reader<'_, E, R> {
+        Reader { planar, channels, reduction, batch: self.batch, prefetches: self.large, element: PhantomData }
+    }
+
+    fn reduce_planar<E: Element, R: Reduction<E, S>, const S: usize>(
+        self,
+        planar: Planar,
+        reduction: &R,
+        wide: &mut [f64],
+        close: Close<'_, (), S>,
+    ) {
+        if self.by_channel(planar) {
+            return for_each_piece(self.workers, planar.channels, &|_, channels| {
+                let reader = self.reader(planar, channels, reduction);
+                dispatch(self.tier, Reduce { reader, beside: &mut Closing(close) });
+            });
+        }
+        let values: &mut [[f64; S]] = wide.as_chunks_mut().0;
+        let out = Disjoint::new(values);
+        for_each_piece(self.workers, planar.channels * planar.blocks(), &|_, blocks| {
+            // SAFETY: the ranges of the pieces do not overlap.
+            let out = unsafe { out.slice(blocks.clone()) };
+            dispatch(self.tier, planar::Blocks { planar, blocks, reduction, out, element: PhantomData::<E> });
+        });
+        for channels in batches(0..planar.channels) {
+            let mut totals = Merged::new();
+            for b in 0..planar.blocks() {
+                let weights = totals.weights(planar.block(0, b).size());
+                for (i, c) in channels.clone().enumerate() {
+                    totals.add::<E, R>(i, weights, values[c * planar.blocks() + b]);
+                }
+            }
+            close(channels, &totals.values);
+        }
+    }
+
+    fn map_planar<E: Element, M: Map<K, Element = E>, const K: usize>(
+        self,
+        planar: Planar,
+        map: M,
+        target: Target<'_, E>,
+        coefficients: &[[E::Param; K]],
+        order: Order,
+    ) {
+        let len = planar.planes * planar.channels * planar.plane;
+        let stretches = Stretches::new(len, MAP_STRETCH, target);
+        for_each_piece(self.workers, stretches.count(), &|_, piece| {
+            for i in order.over(piece) {
+                // SAFETY: a part of the tensor, and no other piece has it.
+                unsafe { planar::map(self.tier, planar, map, target, coefficients, stretches.get(i)) };
+            }
+            self.fence(target);
+        });
+    }
+
+    fn reduce_rows<E: Element, R: Reduction<E, S>, const S: usize>(
+        self,
+        rows: Rows,
+        reduction: &R,
+        wide: &mut [f64],
+        work: &mut [E::Param],
+        close: Close<'_, (), S>,
+    ) {
+        let tiles = rows.tiles(self.workers);
+        let (values, wide) = wide.split_at_mut(rows.blocks() * S * rows.channels);
+        let (out, wide, work) = (Disjoint::new(values), Disjoint::new(wide), Disjoint::new(work));
+        let width = self.row_width(rows);
+        for_each_piece(self.workers, rows.blocks() * tiles, &|piece, items| {
+            let part = |values: usize| piece * values * width..(piece + 1) * values * width;
+            // SAFETY: each piece has its own part of the work memory.
+            let (wide, narrow) = unsafe { (wide.slice(part(2)), work.slice(part(TERM_PARAMS + 2))) };
+            let (wide_a, wide_b) = wide.split_at_mut(width);
+            let (params, narrow) = narrow.split_at_mut(TERM_PARAMS * width);
+            let (narrow_a, narrow_b) = narrow.split_at_mut(width);
+            let columns = Columns { params, narrow: [narrow_a, narrow_b], wide: [wide_a, wide_b] };
+            dispatch(self.tier, rows::Blocks::<E, R, S> { rows, items, tiles, reduction, columns, out });
+        });
+        let workers = self.workers.min(1 + rows.blocks() * rows.channels / MERGES);
+        for_each_piece(workers, rows.channels, &|_, channels| {
+            let reduction = PhantomData::<(E, R)>;
+            dispatch(self.tier, rows::Merge { rows, channels, values: out, close, reduction });
+        });
+    }
+
+    fn map_rows<E: Element, M: Map<K, Element = E>, const K: usize>(
+        self,
+        rows: Rows,
+        map: M,
+        target: Target<'_, E>,
+        coefficients: &[E::Param],
+        order: Order,
+    ) {
+        let stretches = Stretches::new(rows.rows * rows.channels, MAP_STRETCH.max(8 * rows.period()), target);
+        for_each_piece(self.workers, stretches.count(), &|_, piece| {
+            for i in order.over(piece) {
+                let elements = stretches.get(i);
+                dispatch(self.tier, rows::Write { rows, elements, map, target, coefficients });
+            }
+            self.fence(target);
+        });
+    }
+}
+
+/// A tensor cut into stretches, between which stores are aligned.
+struct Stretches {
+    len: usize,
+    each: usize,
+    head: usize,
+}
+
+impl Stretches {
+    fn new<E: Element>(len: usize, each: usize, target: Target<'_, E>) -> Self {
+        Self { len, each, head: target.head() }
+    }
+
+    fn count(&self) -> usize {
+        self.len.saturating_sub(self.head).div_ceil(self.each).max(self.len.min(1))
+    }
+
+    fn get(&self, i: usize) -> Range<usize> {
+        let cut = |i: usize| (self.head + i * self.each).min(self.len);
+        (if i == 0 { 0 } else { cut(i) })..cut(i + 1)
+    }
+}
+
+/// Ranges of up to [`BATCH`] channels.
+fn batches(channels: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    channels.clone().step_by(BATCH).map(move |from| from..(from + BATCH).min(channels.end))
+}
+
+/// The values, with one and the same NaN for all: the caller's may have any payload, see [`Isa::store_bf16`].
+fn plain<P: Real, const K: usize>(values: [Each<P>; K]) -> [Each<P>; K] {
+    values.map(|each| each.map(|value| if value.to_f64().is_nan() { P::from_f64(f64::NAN) } else { value }))
+}
+
+/// Values of each channel from the channels of each value.
+fn transpose<T: Copy, const K: usize>(from: &[Each<T>; K], to: &mut [[T; K]]) {
+    for (i, to) in to.iter_mut().enumerate() {
+        *to = from.each_ref().map(|from| from[i]);
+    }
+}
+
+/// Writes the coefficients of channels to their columns.
+///
+/// # Safety
+/// No other access to the columns of the channels happens at the same time.
+unsafe fn set_columns<P: Copy, const K: usize>(
+    rows: Rows,
+    out: Disjoint<'_, P>,
+    lead: usize,
+    channels: Range<usize>,
+    values: &[Each<P>; K],
+) {
+    for (k, values) in values.iter().enumerate() {
+        let put = |column: usize, values: &[P]| {
+            let at = k * rows.padded() + lead + column;
+            // SAFETY: columns of the channels.
+            unsafe { out.slice(at..at + values.len()) }.copy_from_slice(values);
+        };
+        for joined in 0..rows.joined() {
+            let column = joined * rows.channels + channels.start;
+            put(column, &values[..channels.len()]);
+            // The first columns stand once more after the last.
+            if column < MAX_LANES {
+                put(rows.period() + column, &values[..channels.len().min(MAX_LANES - column)]);
+            }
+        }
+    }
+}
+
+/// Blocks of up to [`BATCH`] channels merged so far, as many of each channel.
+struct Merged<const S: usize> {
+    values: [Each<f64>; S],
+    count: u64,
+}
+
+impl<const S: usize> Merged<S> {
+    fn new() -> Self {
+        Self { values: [[0.0; BATCH]; S], count: 0 }
+    }
+
+    /// The weights that blocks of `size` elements, one of each channel, are merged with; none for the first ones.
+    #[inline(always)]
+    fn weights(&mut self, size: usize) -> Option<MergeWeights> {
+        let (before, size) = (self.count, size as u64);
+        self.count += size;
+        (before > 0).then(|| MergeWeights::new(before, size))
+    }
+
+    /// Merges a block of channel `i`.
+    #[inline(always)]
+    fn add<E: Element, R: Reduction<E, S>>(&mut self, i: usize, weights: Option<MergeWeights>, block: [f64; S]) {
+        let merged = weights.map_or(block, |weights| R::merge(weights, self.values.map(|value| value[i]), block));
+        for (value, merged) in self.values.iter_mut().zip(merged) {
+            value[i] = merged;
+        }
+    }
+}
+
+/// See [`Isa::fence`].
+struct Fence;
+
+impl Kernel for Fence {
+    type Output = ();
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        isa.fence();
+    }
+}

@@ -1,0 +1,132 @@
+//! The tensors and arrays of a pass as its threads share them: read by all, written in disjoint parts.
+
+use core::marker::PhantomData;
+use core::ops::Range;
+
+use crate::element::Element;
+use crate::simd::{Compute, Isa, Vector};
+
+/// A slice whose disjoint parts are written by several threads: the one place that splits output.
+#[derive(Clone, Copy)]
+pub(crate) struct Disjoint<'a, T> {
+    ptr: *mut T,
+    len: usize,
+    life: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: it hands out elements as `&mut [T]` would when split, which needs T: Send; callers keep the parts apart.
+unsafe impl<T: Send> Send for Disjoint<'_, T> {}
+// SAFETY: as above; sharing it gives no access without the promise of `slice`.
+unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
+
+impl<'a, T> Disjoint<'a, T> {
+    pub(crate) fn new(slice: &'a mut [T]) -> Self {
+        Self { ptr: slice.as_mut_ptr(), len: slice.len(), life: PhantomData }
+    }
+
+    pub(crate) fn as_ptr(&self) -> *mut T {
+        self.ptr
+    }
+
+    /// The elements of `range`.
+    ///
+    /// # Safety
+    /// No other reference to any of them lives at the same time.
+    #[allow(clippy::mut_from_ref, reason = "the caller keeps the parts apart")]
+    pub(crate) unsafe fn slice(&self, range: Range<usize>) -> &'a mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len, "range outside of the slice");
+        // SAFETY: inside the slice, and exclusive as the caller promises.
+        unsafe { core::slice::from_raw_parts_mut(self.ptr.add(range.start), range.len()) }
+    }
+}
+
+/// A tensor that a pass reads, shared by threads while another [`Disjoint`] writes, perhaps in place.
+#[derive(Clone, Copy)]
+pub(crate) struct Source<'a, T> {
+    ptr: *const T,
+    life: PhantomData<&'a [T]>,
+}
+
+// SAFETY: it is read only where the callers of the kernels promise that no thread writes the same element.
+unsafe impl<T: Sync> Send for Source<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for Source<'_, T> {}
+
+impl<'a, T> Source<'a, T> {
+    pub(crate) fn new(slice: &'a [T]) -> Self {
+        Self { ptr: slice.as_ptr(), life: PhantomData }
+    }
+
+    pub(crate) fn as_ptr(&self) -> *const T {
+        self.ptr
+    }
+}
+
+impl<E: Element> Source<'_, E> {
+    /// The elements from `at`: of a whole vector if `FULL`, else the first `n` and `fill`.
+    ///
+    /// # Safety
+    /// They lie inside the tensor, and no thread writes them meanwhile.
+    #[inline(always)]
+    pub(crate) unsafe fn load_or<I: Isa, const FULL: bool>(
+        self,
+        isa: I,
+        at: usize,
+        n: usize,
+        fill: Compute<I, E>,
+    ) -> Compute<I, E> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let from = self.ptr.add(at);
+            if FULL { E::load(isa, from) } else { E::load_first(isa, from, n, fill) }
+        }
+    }
+
+    /// The same, filled with zeros.
+    ///
+    /// # Safety
+    /// As [`Source::load_or`].
+    #[inline(always)]
+    pub(crate) unsafe fn load<I: Isa, const FULL: bool>(self, isa: I, at: usize, n: usize) -> Compute<I, E> {
+        // SAFETY: the caller's promise.
+        unsafe { self.load_or::<I, FULL>(isa, at, n, Compute::<I, E>::splat(isa, Default::default())) }
+    }
+
+    /// One element, as it is computed with.
+    ///
+    /// # Safety
+    /// As [`Source::load_or`].
+    #[inline(always)]
+    pub(crate) unsafe fn get(self, at: usize) -> E::Param {
+        // SAFETY: the caller's promise.
+        unsafe { self.ptr.add(at).read() }.to_param()
+    }
+
+    /// Asks the caches for the elements around `at`, which may lie anywhere.
+    #[inline(always)]
+    pub(crate) fn prefetch<I: Isa>(self, isa: I, at: usize) {
+        isa.prefetch(self.ptr.wrapping_add(at).cast());
+    }
+}
+
+/// A tensor read and a tensor written: two slices, or one.
+#[derive(Clone, Copy)]
+pub(crate) struct InOut<'a, T> {
+    pub(crate) from: Source<'a, T>,
+    pub(crate) to: Disjoint<'a, T>,
+}
+
+impl<'a, T> InOut<'a, T> {
+    pub(crate) fn apart(from: &'a [T], to: &'a mut [T]) -> Self {
+        Self { from: Source::new(from), to: Disjoint::new(to) }
+    }
+
+    pub(crate) fn is_in_place(&self) -> bool {
+        core::ptr::eq(self.from.ptr, self.to.ptr)
+    }
+
+    pub(crate) fn in_place(data: &'a mut [T]) -> Self {
+        let to = Disjoint::new(data);
+        Self { from: Source { ptr: to.as_ptr(), life: PhantomData }, to }
+    }
+}
