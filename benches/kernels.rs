@@ -1,6 +1,8 @@
 //! Times of every pass over a table of shapes, for regressions: `cargo bench --bench kernels`.
 
-use batchnorm::{Activation, Affine, BatchNorm, Gradients, Population, RenormLimits, Shape};
+use batchnorm::{
+    Activation, Affine, BatchNorm, Cotangents, Gradients, Population, RenormLimits, SecondGradients, Shape,
+};
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
 /// A large plane, small planes, a tensor that fits the cache, rows, and three channels.
@@ -61,6 +63,18 @@ fn kernels(criterion: &mut Criterion) {
         let fused = fused.with_output(&output);
         group.bench_function(BenchmarkId::from_parameter("backward, ReLU"), |bench| {
             bench.iter(|| bn.backward(&x, &dy, &saved, fused, all(&mut out, &mut dgamma, &mut dbeta)));
+        });
+        let from_output = bn.clone().with_backward_from_output(true);
+        let (leaky, output) = (affine.with_activation(Activation::LeakyRelu(0.01)), out.clone());
+        group.bench_function(BenchmarkId::from_parameter("backward, from the output"), |bench| {
+            bench.iter(|| from_output.backward(&output, &dy, &saved, leaky, all(&mut out, &mut dgamma, &mut dbeta)));
+        });
+        group.bench_function(BenchmarkId::from_parameter("double backward"), |bench| {
+            let cotangents = Cotangents { dx: &output, dgamma: None, dbeta: None };
+            bench.iter(|| {
+                let gradients = SecondGradients { x: Some(&mut out), ..Default::default() };
+                bn.double_backward(&x, &dy, &saved, affine, cotangents, gradients)
+            });
         });
         bn.freeze(population, &mut saved).expect("statistics of the bench");
         group.bench_function(BenchmarkId::from_parameter("backward, frozen"), |bench| {

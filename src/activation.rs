@@ -18,6 +18,14 @@ pub enum Activation {
 }
 
 impl Activation {
+    /// What undoes it, where that is possible.
+    pub(crate) fn inverse(self) -> Self {
+        match self {
+            Self::LeakyRelu(slope) => Self::LeakyRelu(1.0 / slope),
+            other => other,
+        }
+    }
+
     pub(crate) fn check(self) -> Result<()> {
         match self {
             Self::LeakyRelu(slope) if !(slope.is_finite() && slope >= 0.0) => Err(Error::Slope { got: slope }),

@@ -23,6 +23,22 @@ pub(crate) struct Upstreams<'a, E: Element> {
     pub(crate) affine: Affine<'a, E>,
     /// The number of values behind the sums.
     pub(crate) count: u64,
+    /// Whether `x` is the output, from which the input is rebuilt up to scale and offset.
+    pub(crate) is_output: bool,
+}
+
+/// What makes xhat of what is read, `xhat = (x - mean - residue) * inv_std`, of up to [`BATCH`] channels.
+pub(crate) struct Centres<P> {
+    mean: Each<P>,
+    residue: Each<P>,
+    inv_std: Each<P>,
+}
+
+impl<P: Copy> Centres<P> {
+    /// That of the `i`-th channel.
+    pub(crate) fn of(&self, i: usize) -> (P, P, P) {
+        (self.mean[i], self.residue[i], self.inv_std[i])
+    }
 }
 
 impl<'a, E: Element> Upstreams<'a, E> {
@@ -30,15 +46,23 @@ impl<'a, E: Element> Upstreams<'a, E> {
     pub(crate) fn gated(&self) -> Option<Gated<'a, E>> {
         let Affine { residual, output, activation, .. } = self.affine;
         let [output, residual] = [output, residual].map(|tensor| tensor.map(Source::new));
-        let gated = Gated { dy: self.dy, output, residual, bend: Bend::new(activation) };
-        (activation != Activation::None).then_some(gated)
+        let (output, unbend) =
+            if self.is_output { (Some(self.x), activation.inverse()) } else { (output, Activation::None) };
+        let (bend, unbend) = (Bend::new(activation), Bend::new(unbend));
+        (activation != Activation::None).then_some(Gated { dy: self.dy, output, residual, bend, unbend })
     }
 
     /// The gradient behind the activation as a tensor of its own, see [`Passed`].
     pub(crate) fn passed(&self, scaled: bool) -> Passed<'a, E> {
         // Without an activation any tensor can be its output; this one is read anyway.
-        let whole = || Gated { dy: self.dy, output: Some(self.dy), residual: None, bend: Bend::new(Activation::None) };
+        let none = Bend::new(Activation::None);
+        let whole = || Gated { dy: self.dy, output: Some(self.dy), residual: None, bend: none, unbend: none };
         Passed { x: self.x, upstream: self.gated().unwrap_or_else(whole), scaled }
+    }
+
+    /// The sums of a gradient, and of its products with xhat.
+    pub(crate) fn sums<U, const K: usize>(&self, x: Source<'a, E>, upstream: U) -> GradientSumsOf<'a, E, U, K> {
+        GradientSumsOf { from: *self, pair: Pair { x, upstream }, is_plain: false }
     }
 
     /// The forward pass's coefficients.
@@ -46,12 +70,29 @@ impl<'a, E: Element> Upstreams<'a, E> {
         lines(self.affine, channels.clone(), &self.saved.statistics(channels))
     }
 
+    /// Of the input, or of the output with beta and gamma in the place of mean and standard deviation.
+    pub(crate) fn centres(&self, channels: Range<usize>) -> Centres<E::Param> {
+        let saved = self.saved.statistics(channels.clone());
+        if !self.is_output {
+            let inv_std = each(Some(&self.saved.inv_std), channels, E::Param::default());
+            return Centres { mean: saved.mean, residue: saved.residue, inv_std };
+        }
+        let [mut mean, mut residue, mut inv_std] = [[E::Param::default(); BATCH]; 3];
+        for (i, c) in channels.enumerate() {
+            let (gamma, beta) = saved.line(self.affine, c, i);
+            mean[i] = E::Param::from_f64(beta);
+            residue[i] = E::Param::from_f64(beta - mean[i].to_f64());
+            inv_std[i] = E::Param::from_f64(1.0 / gamma);
+        }
+        Centres { mean, residue, inv_std }
+    }
+
     /// `[sum(dy), sum(dy * xhat)]` from what the kernels left, which took the rounded mean for the mean.
     pub(crate) fn complete(&self, channels: Range<usize>, [dy, dy_xhat]: &[Each<f64>; 2]) -> [Each<f64>; 2] {
-        let saved = self.saved.statistics(channels.clone());
+        let Centres { residue, inv_std, .. } = self.centres(channels.clone());
         let mut sums = [*dy, *dy_xhat];
         for i in 0..channels.len() {
-            let lacking = saved.residue[i].to_f64() * saved.inv_std[i];
+            let lacking = residue[i].to_f64() * inv_std[i].to_f64();
             sums[1][i] -= lacking * dy[i];
         }
         sums
@@ -63,15 +104,14 @@ impl<'a, E: Element> Upstreams<'a, E> {
         channels: Range<usize>,
         [dy, dy_xhat]: &[Each<f64>; 2],
     ) -> [Each<E::Param>; K] {
-        let gamma = each(self.affine.gamma, channels.clone(), E::Param::from_f64(1.0));
-        let inv_std = each(Some(&self.saved.inv_std), channels.clone(), E::Param::default());
         let saved = self.saved.statistics(channels.clone());
+        let centres = self.centres(channels.clone());
         let count = self.count as f64;
         let mut all = [[E::Param::default(); BATCH]; K];
-        for i in 0..channels.len() {
-            let (mean, residue) = (saved.mean[i], saved.residue[i]);
-            let gamma = saved.corrected(gamma[i].to_f64(), i);
-            let one = gradient::coefficients(mean, residue, inv_std[i], gamma, [dy[i], dy_xhat[i]], count);
+        for (i, c) in channels.clone().enumerate() {
+            let scale = saved.line(self.affine, c, i).0 * saved.inv_std[i];
+            let (slope, dy) = (-scale * (dy_xhat[i] / count), (dy[i] / count, scale));
+            let one = gradient::coefficients(centres.of(i), slope, dy, 0.0);
             for (all, one) in all.iter_mut().zip(one) {
                 all[i] = one;
             }
@@ -87,13 +127,20 @@ impl<'a, E: Element> Upstreams<'a, E> {
 pub(crate) struct GradientSumsOf<'a, E: Element, U, const K: usize> {
     pub(crate) from: Upstreams<'a, E>,
     pub(crate) pair: Pair<'a, E, U>,
+    /// Whether products are taken with what is read itself, not with xhat.
+    pub(crate) is_plain: bool,
 }
 
 impl<E: Element, U, const K: usize> GradientSumsOf<'_, E, U, K> {
     /// The parameters of a channel, see [`gradient::of_rows`].
     fn params(&self, c: usize) -> [E::Param; K] {
         let mut params = [E::Param::default(); K];
-        (params[0], params[1]) = (self.from.saved.mean[c], self.from.saved.inv_std[c]);
+        if self.is_plain {
+            params[1] = E::Param::from_f64(1.0);
+            return params;
+        }
+        let (mean, _, inv_std) = self.from.centres(c..c + 1).of(0);
+        (params[0], params[1]) = (mean, inv_std);
         if K > 2 {
             let [_, scale, shift] = self.from.lines(c..c + 1);
             (params[K - 2], params[K - 1]) = (scale[0], shift[0]);

@@ -14,6 +14,8 @@ pub trait Element:
 {
     /// The type of parameters, statistics and all arithmetic: `f64` for `f64`, otherwise `f32`.
     type Param: Real;
+    /// Bits of the significand, the hidden one included.
+    const DIGITS: u32;
     /// The value, exactly.
     fn to_param(self) -> Self::Param;
     /// The nearest element, ties to even.
@@ -39,6 +41,7 @@ pub trait Real:
 
 impl Element for f32 {
     type Param = f32;
+    const DIGITS: u32 = f32::MANTISSA_DIGITS;
     #[inline(always)]
     fn to_param(self) -> f32 {
         self
@@ -70,6 +73,7 @@ impl Real for f32 {
 
 impl Element for f64 {
     type Param = f64;
+    const DIGITS: u32 = f64::MANTISSA_DIGITS;
     #[inline(always)]
     fn to_param(self) -> f64 {
         self
@@ -103,6 +107,7 @@ macro_rules! half_element {
     ($($t:ty),*) => {$(
         impl Element for $t {
             type Param = f32;
+            const DIGITS: u32 = <$t>::MANTISSA_DIGITS;
             #[inline(always)]
             fn to_param(self) -> f32 {
                 self.to_f32()

@@ -104,6 +104,28 @@ pub enum Error {
         /// The value that was given.
         got: f64,
     },
+    /// The input cannot be rebuilt from an output behind a residual or an activation that is not strictly increasing.
+    #[error(
+        "backward from the output needs an activation that can be undone, none or a leaky ReLU with a slope above 0, and no residual"
+    )]
+    NotInvertible,
+    /// The input cannot be rebuilt from an output that hardly depends on it.
+    #[error(
+        "backward from the output divides by gamma, which is too close to zero in channel {channel}: {got}, beside a beta of {beta}"
+    )]
+    Gamma {
+        /// The first channel at fault.
+        channel: usize,
+        /// Its gamma.
+        got: f64,
+        /// Its beta.
+        beta: f64,
+    },
+    /// Second derivatives behind an activation.
+    #[error(
+        "second derivatives are taken without the activation: mask dy and its gradient, and pass an affine part without it"
+    )]
+    SecondDerivative,
     /// Groups that do not divide the channels of a layer.
     #[error("{groups} groups do not divide {channels} channels")]
     Groups {

@@ -24,10 +24,18 @@ pub(crate) struct Statistics<P> {
 }
 
 impl<P> Statistics<P> {
-    /// What takes the place of gamma: `gamma * r`.
+    /// What takes the place of gamma and beta in channel `c`, the `i`-th of these: `gamma * r` and `beta + gamma * d`.
     #[inline(always)]
-    pub(crate) fn corrected(&self, gamma: f64, i: usize) -> f64 {
-        self.corrections.as_ref().map_or(gamma, |[r, _]| gamma * r[i])
+    pub(crate) fn line<E: Element<Param = P>>(&self, affine: Affine<'_, E>, c: usize, i: usize) -> (f64, f64)
+    where
+        P: Real,
+    {
+        let gamma = affine.gamma.map_or(1.0, |gamma| gamma[c].to_f64());
+        let beta = affine.beta.map_or(0.0, |beta| beta[c].to_f64());
+        match &self.corrections {
+            Some([r, d]) => (gamma * r[i], beta + gamma * d[i]),
+            None => (gamma, beta),
+        }
     }
 }
 
@@ -100,16 +108,10 @@ pub(crate) fn lines<E: Element>(
     channels: Range<usize>,
     given: &Statistics<E::Param>,
 ) -> [Each<E::Param>; 3] {
-    let gamma = each(affine.gamma, channels.clone(), E::Param::from_f64(1.0));
-    let beta = each(affine.beta, channels.clone(), E::Param::from_f64(0.0));
     let mut all = [[E::Param::default(); BATCH]; 3];
-    for i in 0..channels.len() {
-        let Statistics { mean, residue, inv_std, corrections } = given;
-        let (gamma, mut beta) = (gamma[i].to_f64(), beta[i].to_f64());
-        if let Some([_, d]) = corrections {
-            beta += gamma * d[i];
-        }
-        let one = normalize::coefficients(mean[i], residue[i], inv_std[i], given.corrected(gamma, i), beta);
+    for (i, c) in channels.enumerate() {
+        let (gamma, beta) = given.line(affine, c, i);
+        let one = normalize::coefficients(given.mean[i], given.residue[i], given.inv_std[i], gamma, beta);
         [all[0][i], all[1][i], all[2][i]] = one;
     }
     all

@@ -28,6 +28,8 @@
 //! | normalize virtual batches by themselves | [`BatchNorm::ghost`] |
 //! | correct small batches towards the population | [`Saved::renormalize`] |
 //! | add a residual, apply an activation | [`Affine::with_residual`], [`Affine::with_activation`] |
+//! | give up the input, go back from the output | [`BatchNorm::with_backward_from_output`] |
+//! | differentiate a gradient | [`BatchNorm::double_backward`] |
 //! | add up the gradients of micro-batches | [`BatchNorm::with_accumulation`] |
 //! | recompute the population's statistics precisely | [`Running::recompute`] |
 //! | do without the layer at inference | [`BatchNorm::fold_into_preceding`], [`BatchNorm::fold_into_following`], [`BatchNorm::scale_and_shift`] |
@@ -73,6 +75,7 @@ pub mod reference;
 mod renorm;
 mod running;
 mod scratch;
+mod second;
 mod shape;
 mod simd;
 mod tensor;
@@ -88,6 +91,7 @@ pub use moments::{GradientSums, Moments, Saved};
 pub use plan::{BatchNorm, Stores};
 pub use renorm::RenormLimits;
 pub use running::{Momentum, Population, Running, Variance};
+pub use second::{Cotangents, SecondGradients};
 pub use shape::{Layout, Shape};
 pub use simd::Tier;
 

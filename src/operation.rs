@@ -7,7 +7,7 @@ use core::ops::Range;
 
 use crate::activation::Bend;
 use crate::affine::Affine;
-use crate::backward::{GradientSumsOf, Upstreams};
+use crate::backward::Upstreams;
 use crate::element::{Element, Real};
 use crate::forward::{MomentsOf, Statistics, each, lines};
 use crate::kernel::gradient::{Pair, Upstream};
@@ -17,6 +17,7 @@ use crate::moments::{AffineGradientsTo, GradientSums, Keep, MomentsTo, Recorder,
 use crate::pass::{BATCH, Context};
 use crate::running::Population;
 use crate::scratch::{Need, Scratch};
+use crate::second::Twice;
 use crate::tensor::Source;
 
 /// Whose statistics a tensor is normalized with.
@@ -58,6 +59,8 @@ pub(crate) enum Operation<'a, E: Element> {
     GradientSums { from: Upstreams<'a, E>, out: SumsTo<'a> },
     /// Write the input's gradient.
     InputGradient { from: Upstreams<'a, E>, dx: Target<'a, E>, sums: &'a [GradientSums] },
+    /// The backward pass of the backward pass.
+    Twice(Twice<'a, E>),
 }
 
 /// Normalization with what follows it.
@@ -86,6 +89,7 @@ impl<E: Element> Operation<'_, E> {
             Self::Backward { .. } => context.need::<2, 7>(),
             Self::GradientSums { .. } => context.need::<2, 0>(),
             Self::InputGradient { .. } => context.need::<0, 7>(),
+            Self::Twice(_) => context.need::<2, 6>(),
         }
     }
 
@@ -154,6 +158,8 @@ impl<E: Element> Operation<'_, E> {
                     }
                 }
             }
+            // SAFETY: see above.
+            Self::Twice(twice) => unsafe { twice.run(context, scratch) },
             Self::InputGradient { from, dx, sums } => {
                 // SAFETY: see above.
                 unsafe {
@@ -183,7 +189,7 @@ unsafe fn backward<E: Element, U: Upstream<E>, const S: usize, const K: usize>(
     scratch: &mut Scratch<E::Param>,
 ) {
     let pair = Pair { x: from.x, upstream };
-    let sums = GradientSumsOf::<E, U, S> { from, pair };
+    let sums = from.sums::<_, S>(from.x, upstream);
     let complete = |channels: Range<usize>, values: &_| {
         let sums = from.complete(channels.clone(), values);
         // SAFETY: each channel is closed once.
@@ -229,7 +235,7 @@ unsafe fn gradient_sums<E: Element, U: Upstream<E>, const S: usize>(
     context: Context,
     scratch: &mut Scratch<E::Param>,
 ) {
-    let sums = GradientSumsOf::<E, U, S> { from, pair: Pair { x: from.x, upstream } };
+    let sums = from.sums::<_, S>(from.x, upstream);
     // SAFETY: the caller's promise; each channel is closed once.
     unsafe {
         let close = |channels: Range<usize>, values: &_| out.keep(channels.clone(), &from.complete(channels, values));

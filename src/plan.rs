@@ -1,5 +1,6 @@
 //! The plan: a shape and options, checked once, and every operation on slices of that shape.
 
+use crate::activation::Activation;
 use crate::affine::{Affine, Gradients};
 use crate::backward::Upstreams;
 use crate::element::{Element, Real};
@@ -66,6 +67,7 @@ pub struct BatchNorm<E: Element> {
     parallelism: Parallelism,
     stores: Stores,
     accumulates: bool,
+    from_output: bool,
     pool: Pool<E::Param>,
 }
 
@@ -90,6 +92,7 @@ impl<E: Element> BatchNorm<E> {
             parallelism: Parallelism::Auto,
             stores: Stores::Auto,
             accumulates: false,
+            from_output: false,
             pool: Pool::new(),
         })
     }
@@ -128,6 +131,30 @@ impl<E: Element> BatchNorm<E> {
     #[must_use]
     pub fn with_accumulation(self, accumulates: bool) -> Self {
         Self { accumulates, ..self }
+    }
+
+    /// Whether backward passes are given the output `y` in the place of the input `x`, whose buffer was given up:
+    /// [`BatchNorm::forward_train_in_place`] wrote `y` over it. `xhat = (act^-1(y) - beta) / gamma` (Rota Bulo, Porzi &
+    /// Kontschieder, "In-Place Activated BatchNorm for Memory-Optimized Training of DNNs", 2018, section 3).
+    ///
+    /// ```
+    /// # use batchnorm::{Activation, Affine, BatchNorm, Gradients, Shape};
+    /// # let (mut tensor, dy, mut dx) = (vec![1f32; 24], vec![1f32; 24], vec![0f32; 24]);
+    /// # let (gamma, beta) = ([1f32; 3], [0f32; 3]);
+    /// let bn = BatchNorm::<f32>::new(Shape::nc(8, 3)?)?.with_backward_from_output(true);
+    /// let affine = Affine::new(&gamma, &beta).with_activation(Activation::LeakyRelu(0.01));
+    /// let mut saved = bn.saved();
+    /// bn.forward_train_in_place(&mut tensor, affine, &mut saved)?;
+    /// bn.backward(&tensor, &dy, &saved, affine, Gradients { dx: Some(&mut dx), ..Default::default() })?;
+    /// # Ok::<(), batchnorm::Error>(())
+    /// ```
+    ///
+    /// Backward passes then need gamma and beta as they were, no residual, and an activation that can be undone: none or a leaky
+    /// ReLU with a slope above 0 ([`Error::NotInvertible`]). The output is rounded, and the smaller gamma is beside beta, the
+    /// less of xhat is left in it: where half of its digits would be lost the pass is refused ([`Error::Gamma`]).
+    #[must_use]
+    pub fn with_backward_from_output(self, from_output: bool) -> Self {
+        Self { from_output, ..self }
     }
 
     /// The same options for another shape, such as the last, smaller batch.
@@ -205,11 +232,11 @@ impl<E: Element> BatchNorm<E> {
             }
     }
 
-    fn check_tensor(&self, what: &'static str, got: &[E]) -> Result<()> {
+    pub(crate) fn check_tensor(&self, what: &'static str, got: &[E]) -> Result<()> {
         check_len(what, self.shape.len(), got.len())
     }
 
-    fn check_channels<T>(&self, what: &'static str, got: Option<&[T]>) -> Result<()> {
+    pub(crate) fn check_channels<T>(&self, what: &'static str, got: Option<&[T]>) -> Result<()> {
         got.map_or(Ok(()), |got| check_len(what, self.shape.channels(), got.len()))
     }
 
@@ -233,6 +260,31 @@ impl<E: Element> BatchNorm<E> {
             0 => Err(Error::EmptyBatch { batch: self.shape.batch(), spatial: self.shape.spatial() }),
             _ => Ok(()),
         }
+    }
+
+    /// Whether the input can be rebuilt, if it must.
+    fn check_rebuild(&self, affine: Affine<'_, E>, saved: &Saved<E::Param>) -> Result<()> {
+        if !self.from_output {
+            return Ok(());
+        }
+        match affine.activation {
+            Activation::LeakyRelu(slope) if slope > 0.0 => (),
+            Activation::None => (),
+            _ => return Err(Error::NotInvertible),
+        }
+        if affine.residual.is_some() {
+            return Err(Error::NotInvertible);
+        }
+        for channel in 0..self.shape.channels() {
+            let statistics = saved.statistics(channel..channel + 1);
+            let (gamma, beta) = statistics.line(affine, channel, 0);
+            // A power of two for each half digit, and reciprocals that are normal numbers.
+            let least = (beta.abs() / f64::from(1u32 << (E::DIGITS / 2))).max(1e-30);
+            if gamma.is_nan() || beta.is_nan() || gamma.abs() < least {
+                return Err(Error::Gamma { channel, got: gamma, beta });
+            }
+        }
+        Ok(())
     }
 
     fn check_saved(&self, saved: &Saved<E::Param>) -> Result<()> {
@@ -332,7 +384,7 @@ impl<E: Element> BatchNorm<E> {
     }
 
     /// Runs an operation on tensors of the plan's shape, all of whose arguments were checked.
-    fn execute(&self, operation: Operation<'_, E>) {
+    pub(crate) fn execute(&self, operation: Operation<'_, E>) {
         // A tensor without elements leaves nothing to do to the second halves; the first ones were seen to.
         if self.shape.is_empty() {
             return;
@@ -410,7 +462,19 @@ impl<E: Element> BatchNorm<E> {
         if saved.count != count && !saved.frozen {
             return Err(Error::Shards { expected: count, got: saved.count });
         }
-        Ok(())
+        self.check_rebuild(affine, saved)
+    }
+
+    /// What a backward pass reads, of `count` values per channel.
+    pub(crate) fn upstreams<'a>(
+        &self,
+        x: &'a [E],
+        dy: Source<'a, E>,
+        saved: &'a Saved<E::Param>,
+        affine: Affine<'a, E>,
+        count: u64,
+    ) -> Upstreams<'a, E> {
+        Upstreams { x: Source::new(x), dy, saved, affine, count, is_output: self.from_output }
     }
 
     /// The gradients, `dx` apart from the others.
@@ -426,7 +490,7 @@ impl<E: Element> BatchNorm<E> {
         self.check_tensor("x", x)?;
         dresidual.as_ref().map_or(Ok(()), |dresidual| self.check_tensor("dresidual", dresidual))?;
         self.check_backward(saved, affine, dgamma.as_deref(), dbeta.as_deref())?;
-        let from = Upstreams { x: Source::new(x), dy, saved, affine, count: self.shape.count() as u64 };
+        let from = self.upstreams(x, dy, saved, affine, self.shape.count() as u64);
         let (dgamma, dbeta) = (dgamma.map(Disjoint::new), dbeta.map(Disjoint::new));
         let out = AffineGradientsTo { accumulates: self.accumulates, renorm: saved.renorm.as_ref(), dgamma, dbeta };
         let streaming = self.streams(dx.is_some_and(|dx| dx.is_in_place()), LARGE);
@@ -587,8 +651,9 @@ impl<E: Element> BatchNorm<E> {
         self.check_affine(affine)?;
         self.check_channels("sums", Some(sums))?;
         self.check_saved(saved)?;
+        self.check_rebuild(affine, saved)?;
         sums.fill(GradientSums::default());
-        let from = Upstreams { x: Source::new(x), dy: Source::new(dy), saved, affine, count: saved.count };
+        let from = self.upstreams(x, Source::new(dy), saved, affine, saved.count);
         self.execute(Operation::GradientSums { from, out: SumsTo(Disjoint::new(sums)) });
         Ok(())
     }
@@ -641,7 +706,8 @@ impl<E: Element> BatchNorm<E> {
         self.check_affine(affine)?;
         self.check_channels("sums", Some(sums))?;
         self.check_saved(saved)?;
-        let from = Upstreams { x: Source::new(x), dy: io.from, saved, affine, count: saved.count };
+        self.check_rebuild(affine, saved)?;
+        let from = self.upstreams(x, io.from, saved, affine, saved.count);
         let dx = Target { to: io.to, streaming: self.streams(io.is_in_place(), LARGE_ALONE) };
         self.execute(Operation::InputGradient { from, dx, sums });
         Ok(())

@@ -27,6 +27,7 @@ use crate::grid::{Geometry, Planar, Rows, Runs};
 use crate::moments::{GradientSums, Moments, Saved, inv_std, two_sum};
 use crate::renorm::{Renorm, RenormLimits};
 use crate::running::Population;
+use crate::second::Cotangents;
 use crate::shape::Shape;
 
 /// Lanes of a logical vector: 16 of f32, 8 of f64.
@@ -404,6 +405,70 @@ pub fn forward_infer<E: Element>(
     affine_map(shape, x, affine, |c| line(affine, c, (population.mean[c], 0.0, inv_std(c)), None))
 }
 
+/// What a backward pass reads in the place of xhat: the input, or the output.
+struct Read<'a, E: Element> {
+    x: &'a [E],
+    saved: &'a Saved<E::Param>,
+    affine: Affine<'a, E>,
+    is_output: bool,
+}
+
+impl<E: Element> Read<'_, E> {
+    /// The value of element `i`, behind no activation.
+    fn value(&self, i: usize) -> E::Param {
+        let x = self.x[i].to_param();
+        match self.affine.activation {
+            Activation::LeakyRelu(slope) if self.is_output && x <= E::Param::default() => {
+                x * E::Param::from_f64(1.0 / slope)
+            }
+            _ => x,
+        }
+    }
+
+    /// `(mean, residue, inv_std)` of the values of a channel: those of the input, or beta and gamma's.
+    fn centre(&self, c: usize) -> (E::Param, E::Param, E::Param) {
+        if !self.is_output {
+            return (self.saved.mean[c], self.saved.residue[c], self.saved.inv_std[c]);
+        }
+        let mut gamma = self.affine.gamma.map_or(1.0, |gamma| gamma[c].to_f64());
+        let mut beta = self.affine.beta.map_or(0.0, |beta| beta[c].to_f64());
+        if let Some(renorm) = &self.saved.renorm {
+            beta += gamma * renorm.d[c].to_f64();
+            gamma *= renorm.r[c].to_f64();
+        }
+        let rounded = E::Param::from_f64(beta);
+        (rounded, E::Param::from_f64(beta - rounded.to_f64()), E::Param::from_f64(1.0 / gamma))
+    }
+
+    fn gates(&self, shape: &Shape) -> Vec<E::Param> {
+        let affine = if self.is_output { self.affine.with_output(self.x) } else { self.affine };
+        gates(shape, self.x, self.saved, affine)
+    }
+}
+
+/// The gradient sums, as [`BatchNorm::gradient_sums`](crate::BatchNorm::gradient_sums) of a plan that goes back from the output.
+pub fn gradient_sums_from_output<E: Element>(
+    shape: &Shape,
+    y: &[E],
+    dy: &[E],
+    saved: &Saved<E::Param>,
+    affine: Affine<'_, E>,
+) -> Vec<GradientSums> {
+    sums_of(shape, &Read { x: y, saved, affine, is_output: true }, dy)
+}
+
+/// dx, as [`BatchNorm::input_gradient`](crate::BatchNorm::input_gradient) of a plan that goes back from the output.
+pub fn input_gradient_from_output<E: Element>(
+    shape: &Shape,
+    y: &[E],
+    dy: &[E],
+    saved: &Saved<E::Param>,
+    affine: Affine<'_, E>,
+    sums: &[GradientSums],
+) -> Vec<E> {
+    gradient_of(shape, &Read { x: y, saved, affine, is_output: true }, dy, sums)
+}
+
 /// The gradient sums of each channel, as [`BatchNorm::gradient_sums`](crate::BatchNorm::gradient_sums).
 pub fn gradient_sums<E: Element>(
     shape: &Shape,
@@ -412,18 +477,23 @@ pub fn gradient_sums<E: Element>(
     saved: &Saved<E::Param>,
     affine: Affine<'_, E>,
 ) -> Vec<GradientSums> {
+    sums_of(shape, &Read { x, saved, affine, is_output: false }, dy)
+}
+
+fn sums_of<E: Element>(shape: &Shape, read: &Read<'_, E>, dy: &[E]) -> Vec<GradientSums> {
+    let activation = read.affine.activation;
     let mut total: Vec<Option<(f64, f64)>> = vec![None; shape.channels()];
     let mut add = |c: usize, sums| total[c] = Some(total[c].map_or(sums, |total| plus(total, sums)));
-    let gates = gates(shape, x, saved, affine);
+    let gates = read.gates(shape);
     let narrow = |i: usize| {
-        let c = channel_of(shape, i);
-        let dy = bend(affine.activation, gates[i], dy[i].to_param());
-        (dy, dy * ((x[i].to_param() - saved.mean[c]) * saved.inv_std[c]))
+        let (mean, _, inv_std) = read.centre(channel_of(shape, i));
+        let dy = bend(activation, gates[i], dy[i].to_param());
+        (dy, dy * ((read.value(i) - mean) * inv_std))
     };
     let wide = |i: usize| {
-        let c = channel_of(shape, i);
-        let dy = bend(affine.activation, gates[i], dy[i].to_param().to_f64());
-        (dy, dy * ((x[i].to_param().to_f64() - saved.mean[c].to_f64()) * saved.inv_std[c].to_f64()))
+        let (mean, _, inv_std) = read.centre(channel_of(shape, i));
+        let dy = bend(activation, gates[i], dy[i].to_param().to_f64());
+        (dy, dy * ((read.value(i).to_f64() - mean.to_f64()) * inv_std.to_f64()))
     };
     let is_sound = |sums: (f64, f64)| sums.0.is_finite() && sums.1.is_finite();
     match Geometry::new(shape) {
@@ -448,7 +518,8 @@ pub fn gradient_sums<E: Element>(
     }
     let close = |(c, total): (usize, Option<(f64, f64)>)| {
         let (dy, dy_h) = total.unwrap_or_default();
-        let lacking = saved.residue[c].to_f64() * saved.inv_std[c].to_f64();
+        let (_, residue, inv_std) = read.centre(c);
+        let lacking = residue.to_f64() * inv_std.to_f64();
         GradientSums { dy, dy_xhat: dy_h - lacking * dy }
     };
     total.into_iter().enumerate().map(close).collect()
@@ -463,24 +534,82 @@ pub fn input_gradient<E: Element>(
     affine: Affine<'_, E>,
     sums: &[GradientSums],
 ) -> Vec<E> {
+    gradient_of(shape, &Read { x, saved, affine, is_output: false }, dy, sums)
+}
+
+fn gradient_of<E: Element>(shape: &Shape, read: &Read<'_, E>, dy: &[E], sums: &[GradientSums]) -> Vec<E> {
+    let Read { saved, affine, .. } = *read;
     let count = saved.count as f64;
-    let gates = gates(shape, x, saved, affine);
+    let gates = read.gates(shape);
     let value = |i: usize| {
         let c = channel_of(shape, i);
         let dy = bend(affine.activation, gates[i], dy[i].to_param());
-        let inv_std = saved.inv_std[c].to_f64();
         let corrected = saved.renorm.as_ref().map_or(1.0, |renorm| renorm.r[c].to_f64());
-        let scale = affine.gamma.map_or(1.0, |gamma| gamma[c].to_f64()) * corrected * inv_std;
+        let scale = affine.gamma.map_or(1.0, |gamma| gamma[c].to_f64()) * corrected * saved.inv_std[c].to_f64();
         if saved.frozen {
             return E::from_param(dy * E::Param::from_f64_saturating(scale));
         }
         let slope = -scale * (sums[c].dy_xhat / count);
         let dy_mean = sums[c].dy / count;
         let rounded = E::Param::from_f64(dy_mean);
-        let shift = -(dy_mean - rounded.to_f64()) * scale - saved.residue[c].to_f64() * inv_std * slope;
+        let (mean, residue, inv_std) = read.centre(c);
+        let shift = -(dy_mean - rounded.to_f64()) * scale - residue.to_f64() * inv_std.to_f64() * slope;
         let centred = (dy - rounded) * E::Param::from_f64_saturating(scale) + E::Param::from_f64(shift);
-        let xhat = (x[i].to_param() - saved.mean[c]) * saved.inv_std[c];
+        let xhat = (read.value(i) - mean) * inv_std;
         E::from_param(centred + xhat * E::Param::from_f64(slope))
     };
-    (0..x.len()).map(value).collect()
+    (0..dy.len()).map(value).collect()
+}
+
+/// The gradients with respect to x, dy and gamma, as [`BatchNorm::double_backward`](crate::BatchNorm::double_backward).
+pub fn double_backward<E: Element>(
+    shape: &Shape,
+    x: &[E],
+    dy: &[E],
+    saved: &Saved<E::Param>,
+    affine: Affine<'_, E>,
+    cotangents: Cotangents<'_, E>,
+) -> (Vec<E>, Vec<E>, Vec<E::Param>) {
+    let (m, v, channels) = (shape.count() as f64, cotangents.dx, shape.channels());
+    let affine = Affine::of(affine.gamma, affine.beta);
+    // Sums of products with dy itself: those of an input with mean 0 and inv_std 1.
+    let mut unit = Saved::new(channels);
+    unit.inv_std.fill(E::Param::from_f64(1.0));
+    let sums = [gradient_sums(shape, x, dy, saved, affine), gradient_sums(shape, x, v, saved, affine)];
+    let of_both = gradient_sums(shape, dy, v, &unit, affine);
+    let (mut of_x, mut of_dy, mut of_gamma) = (x.to_vec(), dy.to_vec(), unit.mean.clone());
+    let narrow = E::Param::from_f64;
+    for c in 0..channels {
+        let [mut a, mut b, mut mean_v, mut cx] =
+            [sums[0][c].dy, sums[0][c].dy_xhat, sums[1][c].dy, sums[1][c].dy_xhat].map(|sum| sum / m);
+        let d = of_both[c].dy_xhat / m;
+        if saved.frozen {
+            [a, b, mean_v, cx] = [0.0; 4];
+        }
+        let (r, offset) = saved.renorm.as_ref().map_or((1.0, 0.0), |n| (n.r[c].to_f64(), n.d[c].to_f64()));
+        let w = cotangents.dgamma.map_or(0.0, |w| w[c].to_f64());
+        let u = cotangents.dbeta.map_or(0.0, |u| u[c].to_f64());
+        let s = saved.inv_std[c].to_f64();
+        let scale = affine.gamma.map_or(1.0, |gamma| gamma[c].to_f64()) * r * s;
+        of_gamma[c] = narrow(r * m * (s * (d - mean_v * a - b * cx)));
+
+        let xhat = |i: usize| (x[i].to_param() - saved.mean[c]) * saved.inv_std[c];
+        let map = |i: usize, of: &[E], mean: f64, scale: f64, slope: f64, beside: f64| {
+            let rounded = narrow(mean);
+            let shift = -(mean - rounded.to_f64()) * scale - saved.residue[c].to_f64() * s * slope + beside;
+            let scaled = (of[i].to_param() - rounded) * E::Param::from_f64_saturating(scale) + narrow(shift);
+            E::from_param(scaled + xhat(i) * narrow(slope))
+        };
+        let bent = if saved.frozen { 0.0 } else { -scale * (s * (d - mean_v * a - 3.0 * b * cx)) - w * r * s * b };
+        let of_v = -scale * b * s;
+        let (hi, of_v_rounded) = (narrow(mean_v), E::Param::from_f64_saturating(of_v));
+        let of_v_shift = narrow(0.0 - narrow(mean_v - hi.to_f64()).to_f64() * of_v);
+        for i in (0..x.len()).filter(|&i| channel_of(shape, i) == c) {
+            of_dy[i] = map(i, v, mean_v, scale, w * r - scale * cx, u + w * offset);
+            let part = map(i, dy, a, (w * r - scale * cx) * s, bent, 0.0);
+            let rest = (v[i].to_param() - hi) * of_v_rounded + of_v_shift;
+            of_x[i] = E::from_param(rest + part.to_param());
+        }
+    }
+    (of_x, of_dy, of_gamma)
 }

@@ -28,6 +28,11 @@ impl<'a, T> Disjoint<'a, T> {
         self.ptr
     }
 
+    /// The same to be read, where each element is read before it is written.
+    pub(crate) fn source(&self) -> Source<'a, T> {
+        Source { ptr: self.ptr, life: PhantomData }
+    }
+
     /// The elements of `range`.
     ///
     /// # Safety
@@ -127,6 +132,6 @@ impl<'a, T> InOut<'a, T> {
 
     pub(crate) fn in_place(data: &'a mut [T]) -> Self {
         let to = Disjoint::new(data);
-        Self { from: Source { ptr: to.as_ptr(), life: PhantomData }, to }
+        Self { from: to.source(), to }
     }
 }

@@ -3,7 +3,8 @@
 
 mod common;
 
-use batchnorm::{Affine, BatchNorm, Element, GradientSums, Gradients, Layout, Moments, Real, Saved, Shape};
+use batchnorm::{Affine, BatchNorm, Cotangents, Element, GradientSums, Gradients, Layout, Moments, Population};
+use batchnorm::{Real, RenormLimits, Saved, SecondGradients, Shape};
 use common::{Bits, Data, assert_bits};
 
 /// Shapes of a few hundred elements: both geometries, planes that fill no vector, one channel, many channels.
@@ -107,6 +108,77 @@ fn gradients_are_finite_differences() {
             assert_near(&format!("dx of {shape:?}, eps {eps}"), &got.dx, &dx, 1e-9 * size(&dx));
             assert_near("dgamma", &got.dgamma, &dgamma, 1e-13 * size(&dgamma));
             assert_near("dbeta", &got.dbeta, &dbeta, 1e-13 * size(&dbeta));
+        }
+    }
+}
+
+/// `sum(v * dx) + sum(w * dgamma) + sum(u * dbeta)` by x, dy and gamma, of batches, constants and corrected batches.
+#[test]
+fn second_derivatives_are_finite_differences() {
+    for (k, shape) in shapes().into_iter().enumerate() {
+        let (n, c) = (shape.len(), shape.channels());
+        let fill = |len, i: u64| Data::Normal.fill::<f64>(len, k as u64 + 100 * i);
+        let (x, dy, v) = (fill(n, 0), fill(n, 1), fill(n, 2));
+        let (gamma, w, u, mean) = (fill(c, 3), fill(c, 4), fill(c, 5), fill(c, 6));
+        let var: Vec<f64> = fill(c, 7).into_iter().map(|v| v * v + 0.1).collect();
+        let bn = BatchNorm::<f64>::new(shape).unwrap().with_eps(0.1).unwrap();
+        let population = Population { mean: &mean, var: &var };
+        for state in ["batch", "frozen", "renormalized"] {
+            // r and d are constants to the derivative, so they stay those of the point that is moved from.
+            let at_rest = (state == "renormalized").then(|| {
+                let (mut saved, mut y) = (bn.saved(), vec![0.0; n]);
+                saved.renormalize(population, RenormLimits { r_max: 1.5, d_max: 0.4 }).unwrap();
+                bn.forward_train(&x, Affine::scale(&gamma), &mut y, &mut saved).unwrap();
+                let (r, d) = saved.corrections().unwrap();
+                (r.to_vec(), d.to_vec())
+            });
+            let saved = |x: &[f64]| {
+                let (mut saved, mut y) = (bn.saved(), vec![0.0; n]);
+                match state {
+                    "frozen" => bn.freeze(population, &mut saved).unwrap(),
+                    _ => bn.forward_train(x, Affine::none(), &mut y, &mut saved).unwrap(),
+                }
+                saved
+            };
+            let back = |x: &[f64], dy: &[f64], gamma: &[f64]| {
+                let (mut dx, mut dgamma, mut dbeta) = (vec![0.0; n], vec![0.0; c], vec![0.0; c]);
+                // dx takes gamma * r, and dgamma is what r and d make of the plain one.
+                let scale: Vec<f64> = match &at_rest {
+                    Some((r, _)) => gamma.iter().zip(r).map(|(gamma, r)| gamma * r).collect(),
+                    None => gamma.to_vec(),
+                };
+                let all = Gradients {
+                    dx: Some(&mut dx),
+                    dgamma: Some(&mut dgamma),
+                    dbeta: Some(&mut dbeta),
+                    ..Default::default()
+                };
+                bn.backward(x, dy, &saved(x), Affine::scale(&scale), all).unwrap();
+                if let Some((r, d)) = &at_rest {
+                    for i in 0..c {
+                        dgamma[i] = dgamma[i] * r[i] + dbeta[i] * d[i];
+                    }
+                }
+                [dx, dgamma, dbeta].concat()
+            };
+            let weights = [&v[..], &w, &u].concat();
+            let of_x: Vec<_> = (0..n).map(|i| slope(&x, i, 1e-3, &weights, |x| back(x, &dy, &gamma))).collect();
+            let of_dy: Vec<_> = (0..n).map(|i| slope(&dy, i, 0.5, &weights, |dy| back(&x, dy, &gamma))).collect();
+            let of_gamma: Vec<_> = (0..c).map(|i| slope(&gamma, i, 0.5, &weights, |g| back(&x, &dy, g))).collect();
+
+            let mut kept = saved(&x);
+            if state == "renormalized" {
+                kept.renormalize(population, RenormLimits { r_max: 1.5, d_max: 0.4 }).unwrap();
+                bn.forward_train(&x, Affine::none(), &mut vec![0.0; n], &mut kept).unwrap();
+            }
+            let (mut got_x, mut got_dy, mut got_gamma) = (vec![0.0; n], vec![0.0; n], vec![0.0; c]);
+            let all = SecondGradients { x: Some(&mut got_x), dy: Some(&mut got_dy), gamma: Some(&mut got_gamma) };
+            let cotangents = Cotangents { dx: &v, dgamma: Some(&w), dbeta: Some(&u) };
+            bn.double_backward(&x, &dy, &kept, Affine::scale(&gamma), cotangents, all).unwrap();
+            let name = format!("{shape:?}, {state}");
+            assert_near(&format!("of x, {name}"), &got_x, &of_x, 1e-7 * size(&of_x));
+            assert_near(&format!("of dy, {name}"), &got_dy, &of_dy, 1e-12 * size(&of_dy));
+            assert_near(&format!("of gamma, {name}"), &got_gamma, &of_gamma, 1e-12 * size(&of_gamma));
         }
     }
 }

@@ -4,8 +4,8 @@
 mod common;
 
 use batchnorm::reference;
-use batchnorm::{Activation, Affine, BatchNorm, Element, Error, GradientSums, Gradients, Parallelism, Population};
-use batchnorm::{Real, RenormLimits, Saved, Shape, Tier};
+use batchnorm::{Activation, Affine, BatchNorm, Cotangents, Element, Error, GradientSums, Gradients, Parallelism};
+use batchnorm::{Population, Real, RenormLimits, Saved, SecondGradients, Shape, Tier};
 use common::{Bits, Data, assert_bits, plan, tiers};
 
 /// What a check runs on.
@@ -399,6 +399,159 @@ fn activations_pass_nans_and_are_checked() {
     assert_eq!((dx, y, short), ([7.0; 4], [7.0; 4], [7.0; 3]));
 }
 
+/// The input given up to the output, forward and back, with every statistic that there is.
+fn from_output<E: Bits>(cell: Cell)
+where
+    E::Param: Bits,
+{
+    let mut args = Args::<E>::new(&cell.shape);
+    // Gammas of both signs, none near zero; xhat is smooth in them.
+    for gamma in &mut args.gamma {
+        let size = E::Param::from_f64(gamma.to_f64().abs() + 0.5);
+        *gamma = if gamma.to_f64() < 0.0 { E::Param::from_f64(-1.0) * size } else { size };
+    }
+    let bn = cell.plan::<E>().with_backward_from_output(true);
+    let (dy, shape) = (&args.dy, &cell.shape);
+    for activation in [Activation::None, Activation::LeakyRelu(0.2)] {
+        let affine = args.affine().with_activation(activation);
+        for state in ["batch", "frozen", "renormalized"] {
+            let (mut y, mut saved) = (args.x.clone(), bn.saved());
+            match state {
+                "frozen" => {
+                    bn.freeze(args.population(), &mut saved).unwrap();
+                    bn.normalize_in_place(&mut y, affine, &saved).unwrap();
+                }
+                _ => {
+                    if state == "renormalized" {
+                        saved.renormalize(args.population(), RenormLimits { r_max: 1.5, d_max: 0.4 }).unwrap();
+                    }
+                    bn.forward_train_in_place(&mut y, affine, &mut saved).unwrap();
+                }
+            }
+            let sums = reference::gradient_sums_from_output(shape, &y, dy, &saved, affine);
+            let dx_then = reference::input_gradient_from_output(shape, &y, dy, &saved, affine, &sums);
+            let (dgamma_then, dbeta_then) = reference::affine_gradients::<E::Param>(&sums, &saved);
+            let (mut dx, mut dgamma, mut dbeta) = (args.blank(), args.params(0.0), args.params(0.0));
+            let (dx_to, dgamma_to, dbeta_to) = (Some(&mut dx[..]), Some(&mut dgamma[..]), Some(&mut dbeta[..]));
+            let all = Gradients { dx: dx_to, dgamma: dgamma_to, dbeta: dbeta_to, ..Default::default() };
+            bn.backward(&y, dy, &saved, affine, all).unwrap();
+            assert_bits("dx", &dx, &dx_then);
+            assert_bits("dgamma", &dgamma, &dgamma_then);
+            assert_bits("dbeta", &dbeta, &dbeta_then);
+            let mut dx = dy.clone();
+            bn.backward_in_place(&y, &mut dx, &saved, affine, None, None).unwrap();
+            assert_bits("dx in place", &dx, &dx_then);
+            let mut halves = vec![GradientSums::default(); args.gamma.len()];
+            bn.gradient_sums(&y, dy, &saved, affine, &mut halves).unwrap();
+            assert_eq!(halves, sums);
+            bn.input_gradient_in_place(&y, &mut dx, &saved, affine, &halves).unwrap();
+
+            // What went back from the input says what is right; in f64 there are digits enough to tell.
+            if E::DIGITS > 50 {
+                let straight = reference::gradient_sums(shape, &args.x, dy, &saved, affine);
+                let dx = reference::input_gradient(shape, &args.x, dy, &saved, affine, &straight);
+                let (dgamma, dbeta) = reference::affine_gradients::<E::Param>(&straight, &saved);
+                close("dx", &dx_then, &dx, 1e-9);
+                close("dgamma", &dgamma_then, &dgamma, 1e-9);
+                close("dbeta", &dbeta_then, &dbeta, 1e-9);
+            }
+        }
+    }
+}
+
+/// The backward pass of the backward pass; tests/gradients.rs has it by finite differences.
+fn twice<E: Bits>(cell: Cell)
+where
+    E::Param: Bits,
+{
+    let (args, bn) = (Args::<E>::new(&cell.shape), cell.plan::<E>());
+    let of_dx = Data::Normal.fill::<E>(args.x.len(), 9);
+    let of_dgamma = Data::Normal.fill::<E::Param>(args.gamma.len(), 10);
+    for state in ["batch", "frozen", "renormalized"] {
+        let (mut y, mut saved) = (args.blank(), bn.saved());
+        match state {
+            "frozen" => bn.freeze(args.population(), &mut saved).unwrap(),
+            "renormalized" => {
+                saved.renormalize(args.population(), RenormLimits { r_max: 1.5, d_max: 0.4 }).unwrap();
+                bn.forward_train(&args.x, args.affine(), &mut y, &mut saved).unwrap();
+            }
+            _ => bn.forward_train(&args.x, args.affine(), &mut y, &mut saved).unwrap(),
+        }
+        let cotangents = Cotangents { dx: &of_dx, dgamma: Some(&of_dgamma), dbeta: Some(&args.beta) };
+        let then = reference::double_backward(&cell.shape, &args.x, &args.dy, &saved, args.affine(), cotangents);
+        let (mut of_x, mut of_dy, mut of_gamma) = (args.blank(), args.blank(), args.params(0.0));
+        let all = SecondGradients { x: Some(&mut of_x), dy: Some(&mut of_dy), gamma: Some(&mut of_gamma) };
+        bn.double_backward(&args.x, &args.dy, &saved, args.affine(), cotangents, all).unwrap();
+        assert_bits("of x", &of_x, &then.0);
+        assert_bits("of dy", &of_dy, &then.1);
+        assert_bits("of gamma", &of_gamma, &then.2);
+        let mut of_x = args.blank();
+        let one = SecondGradients { x: Some(&mut of_x), ..Default::default() };
+        bn.double_backward(&args.x, &args.dy, &saved, args.affine(), cotangents, one).unwrap();
+        assert_bits("of x alone", &of_x, &then.0);
+    }
+}
+
+#[test]
+fn second_derivatives_are_checked_before_any_is_written() {
+    let bn = BatchNorm::<f32>::new(Shape::nc(4, 1).unwrap()).unwrap();
+    let (x, mut saved) = ([1.0f32, 2.0, 3.0, 4.0], bn.saved());
+    let (mut of_x, mut of_gamma) = ([7.0; 4], [7.0]);
+    let mut run = |saved: &Saved<f32>, affine: Affine<'_, f32>, cotangents: Cotangents<'_, f32>, len: usize| {
+        let gradients = SecondGradients { x: Some(&mut of_x[..len]), gamma: Some(&mut of_gamma), dy: None };
+        bn.double_backward(&x, &x, saved, affine, cotangents, gradients)
+    };
+    let plain = Cotangents { dx: &x, dgamma: None, dbeta: None };
+    assert_eq!(run(&saved, Affine::none(), plain, 4), Err(Error::MissingStatistics));
+    bn.freeze(Population { mean: &[0.0], var: &[1.0] }, &mut saved).unwrap();
+    let length = |what, expected, got| Err(Error::Length { what, expected, got });
+    assert_eq!(run(&saved, Affine::none(), plain, 3), length("gradient of x", 4, 3));
+    let short = Cotangents { dx: &x[1..], ..plain };
+    assert_eq!(run(&saved, Affine::none(), short, 4), length("cotangent of dx", 4, 3));
+    let long = Cotangents { dgamma: Some(&x), ..plain };
+    assert_eq!(run(&saved, Affine::none(), long, 4), length("cotangent of dgamma", 1, 4));
+    let bent = Affine::none().with_activation(Activation::Relu);
+    assert_eq!(run(&saved, bent, plain, 4), Err(Error::SecondDerivative));
+    assert_eq!((of_x, of_gamma), ([7.0; 4], [7.0]));
+}
+
+/// Equal within `bound` of the largest expected value.
+fn close<E: Element>(what: &str, got: &[E], expected: &[E], bound: f64) {
+    let value = |v: &E| v.to_param().to_f64();
+    let most = expected.iter().map(value).fold(0.0, |most: f64, v| most.max(v.abs()));
+    for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
+        let off = (value(got) - value(expected)).abs();
+        assert!(off <= bound * most, "{what} {i}: {got:?} for {expected:?}, {off:e} off beside {most:e}");
+    }
+}
+
+#[test]
+fn outputs_that_do_not_tell_the_input_are_refused() {
+    let bn = BatchNorm::<f32>::new(Shape::nc(4, 1).unwrap()).unwrap().with_backward_from_output(true);
+    let (y, mut saved) = ([1.0f32, 2.0, 3.0, 4.0], bn.saved());
+    bn.freeze(Population { mean: &[0.0], var: &[1.0] }, &mut saved).unwrap();
+    let back = |affine: Affine<'_, f32>| {
+        let (mut dx, mut sums) = ([7.0; 4], [GradientSums::default()]);
+        let all = bn.backward(&y, &y, &saved, affine, Gradients { dx: Some(&mut dx), ..Default::default() });
+        assert_eq!(bn.gradient_sums(&y, &y, &saved, affine, &mut sums).is_err(), all.is_err());
+        assert_eq!(all.is_err(), dx == [7.0; 4]);
+        assert_eq!(bn.input_gradient(&y, &y, &saved, affine, &sums, &mut dx).is_err(), all.is_err());
+        all
+    };
+    let one = Affine::scale(&[1.0]);
+    assert_eq!(back(one), Ok(()));
+    assert_eq!(back(one.with_activation(Activation::LeakyRelu(0.1))), Ok(()));
+    for activation in [Activation::Relu, Activation::LeakyRelu(0.0)] {
+        assert_eq!(back(one.with_activation(activation)), Err(Error::NotInvertible));
+    }
+    assert_eq!(back(one.with_residual(&y)), Err(Error::NotInvertible));
+    for (gamma, beta) in [(0.0, 0.0), (1e-35, 0.0), (f32::NAN, 0.0), (-2e-4, 1.0), (1.0, -5000.0)] {
+        let got = back(Affine::new(&[gamma], &[beta]));
+        assert!(matches!(got, Err(Error::Gamma { channel: 0, .. })), "{gamma} {beta}: {got:?}");
+    }
+    assert_eq!(back(Affine::new(&[-3e-4], &[1.0])), Ok(()));
+}
+
 /// The formulas in the plainest form, in f64, with both limits reached and not.
 #[test]
 fn renormalization_follows_the_paper() {
@@ -496,6 +649,8 @@ fn registry() -> Vec<Variant> {
         "Batch Renormalization": renormalized,
         "virtual batches (ghost)": ghost,
         "activation and residual": activated,
+        "backward from the output": from_output,
+        "second derivatives": twice,
     ]
 }
 

@@ -31,6 +31,18 @@ pub(crate) trait Upstream<E: Element>: Copy + Sync {
         n: usize,
     ) -> Compute<I, E>;
 
+    /// The input from what is read in its place, which may be the output.
+    #[inline(always)]
+    fn rebuild<I: Isa>(&self, _: I, x: Compute<I, E>) -> Compute<I, E> {
+        x
+    }
+
+    /// The same for one value.
+    #[inline(always)]
+    fn rebuild_one(&self, x: E::Param) -> E::Param {
+        x
+    }
+
     /// One element in f64.
     ///
     /// # Safety
@@ -75,9 +87,21 @@ pub(crate) struct Gated<'a, E: Element> {
     pub(crate) output: Option<Source<'a, E>>,
     pub(crate) residual: Option<Source<'a, E>>,
     pub(crate) bend: Bend<E::Param>,
+    /// What the input is rebuilt with.
+    pub(crate) unbend: Bend<E::Param>,
 }
 
 impl<E: Element> Upstream<E> for Gated<'_, E> {
+    #[inline(always)]
+    fn rebuild<I: Isa>(&self, isa: I, x: Compute<I, E>) -> Compute<I, E> {
+        self.unbend.apply(isa, x, x)
+    }
+
+    #[inline(always)]
+    fn rebuild_one(&self, x: E::Param) -> E::Param {
+        self.unbend.scalar(x, x)
+    }
+
     #[inline(always)]
     unsafe fn at<I: Isa, const FULL: bool>(
         &self,
@@ -189,7 +213,7 @@ impl<I: Isa, E: Element, U: Upstream<E>, const K: usize> Terms<I, K> for Pair<'_
         let (hi, inv_std) = (params[0], params[1]);
         // SAFETY: the caller's promise, for both.
         unsafe {
-            let centred = self.x.load_or::<I, FULL>(isa, at, n, hi).sub(hi);
+            let centred = self.upstream.rebuild(isa, self.x.load_or::<I, FULL>(isa, at, n, hi)).sub(hi);
             let dy = self.upstream.at::<I, FULL>(isa, centred, [params[K - 2], params[K - 1]], at, n);
             (dy, dy.mul(centred.mul(inv_std)))
         }
@@ -241,7 +265,7 @@ unsafe fn in_f64<E: Element, U: Upstream<E>, const K: usize>(
     elements.fold([0.0, 0.0], |[a, b], at| {
         // SAFETY: the caller's promise.
         let (x, dy) = unsafe {
-            let x = pair.x.get(at);
+            let x = pair.upstream.rebuild_one(pair.x.get(at));
             (x, pair.upstream.wide(x - hi, [params[K - 2], params[K - 1]], at))
         };
         [a + dy, b + dy * ((x.to_f64() - hi.to_f64()) * inv_std.to_f64())]
@@ -295,24 +319,19 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element, U: Upstream<E>, const K: usize>
     }
 }
 
-/// A channel's `[hi, inv_std, slope, dy_mean, scale, shift]`: with `scale = gamma * inv_std`,
+/// A channel's `[hi, inv_std, slope, dy_mean, scale, shift]`:
 /// `dx = ((dy - dy_mean) * scale + shift) + ((x - hi) * inv_std) * slope`. Both means are rounded to the computed
-/// type and what they lack is in `shift`.
+/// type and what they lack is in `shift`, with what is added beside.
 #[inline(always)]
 pub(crate) fn coefficients<R: Real>(
-    mean: R,
-    residue: R,
-    inv_std: R,
-    gamma: f64,
-    [dy, dy_xhat]: [f64; 2],
-    count: f64,
+    (mean, residue, inv_std): (R, R, R),
+    slope: f64,
+    (dy_mean, scale): (f64, f64),
+    beside: f64,
 ) -> [R; 6] {
-    let scale = gamma * inv_std.to_f64();
-    let slope = -scale * (dy_xhat / count);
-    let dy_mean = dy / count;
     let rounded = R::from_f64(dy_mean);
     let shift = -(dy_mean - rounded.to_f64()) * scale - residue.to_f64() * inv_std.to_f64() * slope;
-    [mean, inv_std, R::from_f64(slope), rounded, R::from_f64_saturating(scale), R::from_f64(shift)]
+    [mean, inv_std, R::from_f64(slope), rounded, R::from_f64_saturating(scale), R::from_f64(shift + beside)]
 }
 
 /// `dx`. After the six coefficients comes the forward pass's shift, where the upstream gradient needs it; its scale is among
@@ -332,7 +351,7 @@ impl<E: Element, U: Upstream<E>, const K: usize> Map<K> for Pair<'_, E, U> {
             [params[0], params[1], params[2], params[3], params[4], params[5]];
         // SAFETY: the caller's promise, for both.
         let (centred, dy) = unsafe {
-            let centred = self.x.load::<I, FULL>(isa, at, n).sub(hi);
+            let centred = self.upstream.rebuild(isa, self.x.load::<I, FULL>(isa, at, n)).sub(hi);
             (centred, self.upstream.at::<I, FULL>(isa, centred, [scale, params[K - 1]], at, n))
         };
         dy.sub(dy_mean).mul(scale).add(shift).add(centred.mul(inv_std).mul(slope))
