@@ -1,8 +1,7 @@
 //! Times of every pass over a table of shapes, for regressions: `cargo bench --bench kernels`.
 
-use batchnorm::{
-    Activation, Affine, BatchNorm, Cotangents, Gradients, Population, RenormLimits, SecondGradients, Shape,
-};
+use batchnorm::{Activation, Affine, BatchNorm, Cotangents, Gradients, Layout, Population, RenormLimits};
+use batchnorm::{SecondGradients, Shape, View};
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
 /// A large plane, small planes, a tensor that fits the cache, rows, and three channels.
@@ -90,10 +89,35 @@ fn kernels(criterion: &mut Criterion) {
         group.bench_function(BenchmarkId::from_parameter("forward, renormalized"), |bench| {
             bench.iter(|| bn.forward_train(&x, affine, &mut out, &mut saved));
         });
-        let ghost = bn.ghost(shape.batch().div_ceil(4)).expect("virtual batches of the bench");
+        let ghost = bn.clone().ghost(shape.batch().div_ceil(4)).expect("virtual batches of the bench");
         let mut saved = ghost.saved();
         group.bench_function(BenchmarkId::from_parameter("forward, ghost"), |bench| {
             bench.iter(|| ghost.forward_train(&x, affine, &mut out, &mut saved));
+        });
+        let (n, c, size) = (shape.batch(), shape.channels(), shape.spatial());
+        // Half of the channels of a larger tensor.
+        let (sizes, strides) = match shape.layout() {
+            Layout::ChannelsFirst => ([n, c, size], [2 * c * size, size, 1]),
+            Layout::ChannelsLast => ([n, size, c], [2 * c * size, 2 * c, 1]),
+        };
+        let slice = View::strided(&shape, &sizes, &strides).expect("strides of the bench");
+        let big = vec![1.5; slice.len()];
+        let sliced = bn.clone().with_views(slice, View::dense(&shape)).expect("views of the bench");
+        let mut saved = bn.saved();
+        group.bench_function(BenchmarkId::from_parameter("forward, channel slice"), |bench| {
+            bench.iter(|| sliced.forward_train(&big, affine, &mut out, &mut saved));
+        });
+        if let Ok(blocks) = View::blocked(&shape, 16) {
+            let (x, mut y) = (vec![1.5; blocks.len()], vec![0.0; blocks.len()]);
+            let blocked = bn.clone().with_views(blocks.clone(), blocks).expect("views of the bench");
+            group.bench_function(BenchmarkId::from_parameter("forward, nChw16c"), |bench| {
+                bench.iter(|| blocked.forward_train(&x, affine, &mut y, &mut saved));
+            });
+        }
+        let lengths: Vec<_> = (0..n).map(|i| size - size / 2 * (i % 2)).collect();
+        let masked = bn.with_lengths(&lengths).expect("lengths of the bench");
+        group.bench_function(BenchmarkId::from_parameter("forward, every second sample half as long"), |bench| {
+            bench.iter(|| masked.forward_train(&x, affine, &mut out, &mut saved));
         });
         group.finish();
     }

@@ -12,7 +12,8 @@ use crate::kernel::sums::{Columns, RowBlock, RunSums};
 use crate::moments::{MergeWeights, Saved};
 use crate::pass::{BATCH, Each, Reduction};
 use crate::simd::Isa;
-use crate::tensor::Source;
+use crate::tensor::{Side, Source};
+use crate::view::{Pack, Packs};
 
 /// What backward passes read.
 #[derive(Clone, Copy)]
@@ -45,7 +46,7 @@ impl<'a, E: Element> Upstreams<'a, E> {
     /// The gradient behind the activation, if there is one.
     pub(crate) fn gated(&self) -> Option<Gated<'a, E>> {
         let Affine { residual, output, activation, .. } = self.affine;
-        let [output, residual] = [output, residual].map(|tensor| tensor.map(Source::new));
+        let [output, residual] = [output, residual].map(|tensor| tensor.map(|tensor| Source::new(tensor, Side::Y)));
         let (output, unbend) =
             if self.is_output { (Some(self.x), activation.inverse()) } else { (output, Activation::None) };
         let (bend, unbend) = (Bend::new(activation), Bend::new(unbend));
@@ -123,7 +124,15 @@ impl<'a, E: Element> Upstreams<'a, E> {
     }
 }
 
+impl<E: Element, U: Upstream<E>, const K: usize> Packs<E> for GradientSumsOf<'_, E, U, K> {
+    unsafe fn packed(self, pack: &mut Pack<'_, '_, E>) -> Self {
+        // SAFETY: the caller's promise.
+        Self { pair: unsafe { self.pair.packed(pack) }, ..self }
+    }
+}
+
 /// The gradient sums of each channel, with two parameters, or four where the upstream gradient asks for the last two.
+#[derive(Clone, Copy)]
 pub(crate) struct GradientSumsOf<'a, E: Element, U, const K: usize> {
     pub(crate) from: Upstreams<'a, E>,
     pub(crate) pair: Pair<'a, E, U>,

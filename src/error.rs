@@ -126,6 +126,12 @@ pub enum Error {
         "second derivatives are taken without the activation: mask dy and its gradient, and pass an affine part without it"
     )]
     SecondDerivative,
+    /// A view or a mask that does not fit.
+    #[error("this view cannot be used: {reason}")]
+    View {
+        /// What was expected.
+        reason: &'static str,
+    },
     /// Groups that do not divide the channels of a layer.
     #[error("{groups} groups do not divide {channels} channels")]
     Groups {

@@ -12,6 +12,7 @@ use crate::pass::{BATCH, Each, Reduction};
 use crate::renorm::Corrections;
 use crate::simd::Isa;
 use crate::tensor::Source;
+use crate::view::{Pack, Packs};
 
 /// The statistics that channels are normalized with.
 #[derive(Default)]
@@ -63,6 +64,13 @@ pub(crate) fn each<P: Copy>(values: Option<&[P]>, channels: Range<usize>, otherw
 /// The moments of each channel.
 #[derive(Clone, Copy)]
 pub(crate) struct MomentsOf<'a, E>(pub(crate) Source<'a, E>);
+
+impl<E: Element> Packs<E> for MomentsOf<'_, E> {
+    unsafe fn packed(self, pack: &mut Pack<'_, '_, E>) -> Self {
+        // SAFETY: the caller's promise.
+        Self(unsafe { pack.pack(self.0) })
+    }
+}
 
 impl<E: Element> Reduction<E, 3> for MomentsOf<'_, E> {
     type Block<I: Isa> = moments::Block<I, E>;

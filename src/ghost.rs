@@ -47,11 +47,12 @@ impl<E: Element> BatchNorm<E> {
     /// The same plan for virtual batches of `samples` samples.
     ///
     /// # Errors
-    /// [`Error::VirtualBatch`] for zero samples.
+    /// [`Error::VirtualBatch`] for zero samples; [`Error::View`] for tensors that do not lie dense.
     pub fn ghost(self, samples: usize) -> Result<Ghost<E>> {
         if samples == 0 {
             return Err(Error::VirtualBatch);
         }
+        self.check_dense()?;
         let batch = self.shape().batch();
         let of = |samples: usize| self.with_shape(self.shape().with_batch(samples));
         let (first, rest) = (of(samples.min(batch))?, batch - batch.saturating_sub(1) / samples * samples);

@@ -181,9 +181,14 @@ pub(crate) struct Rows {
 }
 
 impl Rows {
+    /// The most rows of a block.
+    pub(crate) fn most(&self) -> usize {
+        (ROWS_BLOCK / self.channels).clamp(ROWS_PER_BLOCK.0, ROWS_PER_BLOCK.1)
+    }
+
     /// Blocks, of about the same size; one, or as many as a few threads share well.
     pub(crate) fn blocks(&self) -> usize {
-        let most = (ROWS_BLOCK / self.channels).clamp(ROWS_PER_BLOCK.0, ROWS_PER_BLOCK.1);
+        let most = self.most();
         if self.rows <= most { self.rows.min(1) } else { self.rows.div_ceil(most).next_multiple_of(4) }
     }
 
@@ -220,6 +225,12 @@ impl Rows {
         } else {
             tasks.div_ceil(self.blocks().max(1)).min(self.channels.div_ceil(TILE))
         }
+    }
+
+    /// Ranges of columns of which blocks hold about so many elements, at least a vector wide.
+    pub(crate) fn tiles_of(&self, elements: usize) -> usize {
+        let width = (elements / self.most()).max(MAX_LANES) / MAX_LANES * MAX_LANES;
+        self.channels.div_ceil(width)
     }
 
     /// The length of arrays with a value per column of a tile.

@@ -2,7 +2,7 @@
 //!
 //! A [`BatchNorm`] is a plan for tensors of one [`Shape`] and element type. Its methods are the training forward
 //! pass, inference and the backward pass, each also in place, and their halves for statistics that are shared
-//! between shards of a batch. Slices are dense and may have any alignment.
+//! between shards of a batch. Slices are dense, or lie as a [`View`] tells, and may have any alignment.
 //!
 //! ```
 //! use batchnorm::{Affine, BatchNorm, Shape};
@@ -28,6 +28,8 @@
 //! | normalize virtual batches by themselves | [`BatchNorm::ghost`] |
 //! | correct small batches towards the population | [`Saved::renormalize`] |
 //! | add a residual, apply an activation | [`Affine::with_residual`], [`Affine::with_activation`] |
+//! | leave padding out | [`BatchNorm::with_lengths`], [`BatchNorm::with_mask`] |
+//! | use a slice of a larger tensor, or blocked channels | [`View`], [`BatchNorm::with_views`] |
 //! | give up the input, go back from the output | [`BatchNorm::with_backward_from_output`] |
 //! | differentiate a gradient | [`BatchNorm::double_backward`] |
 //! | add up the gradients of micro-batches | [`BatchNorm::with_accumulation`] |
@@ -79,6 +81,7 @@ mod second;
 mod shape;
 mod simd;
 mod tensor;
+mod view;
 
 pub use activation::Activation;
 pub use affine::{Affine, Gradients};
@@ -94,6 +97,7 @@ pub use running::{Momentum, Population, Running, Variance};
 pub use second::{Cotangents, SecondGradients};
 pub use shape::{Layout, Shape};
 pub use simd::Tier;
+pub use view::View;
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

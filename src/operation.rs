@@ -18,7 +18,7 @@ use crate::pass::{BATCH, Context};
 use crate::running::Population;
 use crate::scratch::{Need, Scratch};
 use crate::second::Twice;
-use crate::tensor::Source;
+use crate::tensor::{Side, Source};
 
 /// Whose statistics a tensor is normalized with.
 pub(crate) enum Origin<'a, P> {
@@ -74,14 +74,14 @@ pub(crate) struct NormalizeTo<'a, E: Element> {
 impl<'a, E: Element> NormalizeTo<'a, E> {
     /// The kernel with all that follows scale and offset.
     fn activated(&self) -> Activated<'a, E> {
-        let residual = self.affine.residual.map(Source::new);
+        let residual = self.affine.residual.map(|residual| Source::new(residual, Side::Y));
         Activated { normalize: Normalize(self.x), residual, bend: Bend::new(self.affine.activation) }
     }
 }
 
-impl<E: Element> Operation<'_, E> {
+impl<'a, E: Element> Operation<'a, E> {
     /// The scratch to run with.
-    pub(crate) fn need(&self, context: &Context) -> Need {
+    pub(crate) fn need(&self, context: &Context<'_>) -> Need {
         match self {
             Self::Train { .. } => context.need::<3, 3>(),
             Self::Normalize { .. } => context.need::<0, 3>(),
@@ -93,8 +93,17 @@ impl<E: Element> Operation<'_, E> {
         }
     }
 
+    /// The tensor that a second half alone writes.
+    pub(crate) fn target(&self) -> Option<Target<'a, E>> {
+        match self {
+            Self::Normalize { normalize, .. } => Some(normalize.y),
+            Self::InputGradient { dx, .. } => Some(*dx),
+            _ => None,
+        }
+    }
+
     /// The most scratch that any operation needs.
-    pub(crate) fn most(context: &Context) -> Need {
+    pub(crate) fn most(context: &Context<'_>) -> Need {
         let halves = context.need::<3, 0>().max(context.need::<0, 7>());
         halves.max(context.need::<3, 3>()).max(context.need::<2, 7>())
     }
@@ -104,7 +113,7 @@ impl<E: Element> Operation<'_, E> {
     /// # Safety
     /// All tensors have the length of the context's shape, all arrays that of its channels, and those that are written
     /// are borrowed for this alone. There is scratch for [`Operation::need`].
-    unsafe fn run(self, context: Context, scratch: &mut Scratch<E::Param>) {
+    unsafe fn run(self, context: Context<'_>, scratch: &mut Scratch<E::Param>) {
         // SAFETY, for all arms: the caller's promise is the callee's, and each channel is closed once.
         match self {
             Self::Train { normalize, record } => {
@@ -185,7 +194,7 @@ unsafe fn backward<E: Element, U: Upstream<E>, const S: usize, const K: usize>(
     upstream: U,
     dx: Option<Target<'_, E>>,
     out: &AffineGradientsTo<'_, E::Param>,
-    context: Context,
+    context: Context<'_>,
     scratch: &mut Scratch<E::Param>,
 ) {
     let pair = Pair { x: from.x, upstream };
@@ -232,7 +241,7 @@ unsafe fn gradient_sums<E: Element, U: Upstream<E>, const S: usize>(
     from: Upstreams<'_, E>,
     upstream: U,
     out: &SumsTo<'_>,
-    context: Context,
+    context: Context<'_>,
     scratch: &mut Scratch<E::Param>,
 ) {
     let sums = from.sums::<_, S>(from.x, upstream);
@@ -252,7 +261,7 @@ unsafe fn input_gradient<E: Element, U: Upstream<E>, const K: usize>(
     upstream: U,
     dx: Target<'_, E>,
     sums: &[GradientSums],
-    context: Context,
+    context: Context<'_>,
     scratch: &mut Scratch<E::Param>,
 ) {
     let coefficients = |channels: Range<usize>| {
@@ -269,7 +278,7 @@ unsafe fn input_gradient<E: Element, U: Upstream<E>, const K: usize>(
 /// An operation with all that it runs on.
 pub struct Job<'a, 's, E: Element> {
     pub(crate) operation: Operation<'a, E>,
-    pub(crate) context: Context,
+    pub(crate) context: Context<'a>,
     pub(crate) scratch: &'s mut Scratch<E::Param>,
 }
 

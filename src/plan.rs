@@ -1,5 +1,7 @@
 //! The plan: a shape and options, checked once, and every operation on slices of that shape.
 
+use std::sync::Arc;
+
 use crate::activation::Activation;
 use crate::affine::{Affine, Gradients};
 use crate::backward::Upstreams;
@@ -16,7 +18,8 @@ use crate::running::{Momentum, Population, Running, Variance, check_variances};
 use crate::scratch::{Need, Pool};
 use crate::shape::Shape;
 use crate::simd::{Dispatched, Tier};
-use crate::tensor::{Disjoint, InOut, Source};
+use crate::tensor::{Disjoint, InOut, Side, Source};
+use crate::view::{View, Views};
 
 /// How the results of a pass go to memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -68,13 +71,14 @@ pub struct BatchNorm<E: Element> {
     stores: Stores,
     accumulates: bool,
     from_output: bool,
+    views: Option<Arc<Views>>,
     pool: Pool<E::Param>,
 }
 
 impl<E: Element> Clone for BatchNorm<E> {
     /// The same plan, with scratch of its own.
     fn clone(&self) -> Self {
-        Self { pool: Pool::new(), ..*self }
+        Self { views: self.views.clone(), pool: Pool::new(), ..*self }
     }
 }
 
@@ -93,6 +97,7 @@ impl<E: Element> BatchNorm<E> {
             stores: Stores::Auto,
             accumulates: false,
             from_output: false,
+            views: None,
             pool: Pool::new(),
         })
     }
@@ -157,12 +162,63 @@ impl<E: Element> BatchNorm<E> {
         Self { from_output, ..self }
     }
 
-    /// The same options for another shape, such as the last, smaller batch.
+    /// Tensors that do not lie dense: `x` and `dx` as one view has it, `y`, `dy`, the residual and the output as the other. Slices may
+    /// be longer than the views; what these do not show is left alone, but for the padding of blocked channels, which is
+    /// written as zeros. A pass in place needs two equal views.
+    ///
+    /// The results have the bits of dense tensors. Each block is packed into a cache on its way, which costs more than reading
+    /// dense memory, and no pass reads memory once for both its halves.
+    ///
+    /// # Errors
+    /// [`Error::View`] for views of another shape, or of two orders: blocked tensors are computed as channels last.
+    pub fn with_views(self, x: View, y: View) -> Result<Self> {
+        let views = Views::new(&self.shape, x, y)?;
+        Ok(self.viewing(views))
+    }
+
+    /// Samples of different lengths: of sample `n` the first `lengths[n]` positions count, in the statistics and in the
+    /// gradients. At the others `y` and `dx` are zero. For dense tensors, and for this batch: the next one needs a plan of its
+    /// own.
+    ///
+    /// # Errors
+    /// [`Error::Length`] for other than `N` lengths; [`Error::View`] for one above the spatial size.
+    pub fn with_lengths(&self, lengths: &[usize]) -> Result<Self> {
+        let spatial = self.shape.spatial();
+        check_len("lengths", self.shape.batch(), lengths.len())?;
+        if lengths.iter().any(|&length| length > spatial) {
+            return Err(Error::View { reason: "expected lengths up to the spatial size" });
+        }
+        let valid = lengths.iter().flat_map(|&length| (0..spatial).map(move |position| position < length));
+        Ok(self.clone().viewing(Views::masked(&self.shape, valid)?))
+    }
+
+    /// The same for a mask: position `s` of sample `n` counts where `mask[n * S + s]`.
+    ///
+    /// # Errors
+    /// [`Error::Length`] for other than `N * S` entries.
+    pub fn with_mask(&self, mask: &[bool]) -> Result<Self> {
+        check_len("mask", self.shape.count(), mask.len())?;
+        Ok(self.clone().viewing(Views::masked(&self.shape, mask.iter().copied())?))
+    }
+
+    fn viewing(self, views: Views) -> Self {
+        Self { geometry: Geometry::new(&views.logical()), views: Some(Arc::new(views)), pool: Pool::new(), ..self }
+    }
+
+    /// Refuses to go on without the views.
+    pub(crate) fn check_dense(&self) -> Result<()> {
+        match self.views {
+            None => Ok(()),
+            Some(_) => Err(Error::View { reason: "expected a plan for dense tensors" }),
+        }
+    }
+
+    /// The same options for another shape, such as the last, smaller batch, of dense tensors.
     ///
     /// # Errors
     /// As [`BatchNorm::new`].
     pub fn with_shape(&self, shape: Shape) -> Result<Self> {
-        Ok(Self { shape, geometry: Geometry::new(&shape), pool: Pool::new(), ..*self })
+        Ok(Self { shape, geometry: Geometry::new(&shape), views: None, pool: Pool::new(), ..*self })
     }
 
     /// The shape of the tensors.
@@ -208,7 +264,7 @@ impl<E: Element> BatchNorm<E> {
         Operation::<E>::most(&self.context())
     }
 
-    fn context(&self) -> Context {
+    fn context(&self) -> Context<'_> {
         let bytes = self.shape.len() * size_of::<E>();
         let channel = (self.shape.count() * size_of::<E>()).max(1);
         let batch = (BATCH_BYTES / channel).clamp(1, BATCH);
@@ -218,6 +274,7 @@ impl<E: Element> BatchNorm<E> {
             tier: self.tier,
             workers,
             batch,
+            views: self.views.as_deref(),
             large: bytes >= LARGE || self.stores == Stores::Streaming,
         }
     }
@@ -225,6 +282,7 @@ impl<E: Element> BatchNorm<E> {
     /// Whether a pass stores past the caches. In place the lines are at hand anyway.
     fn streams(&self, in_place: bool, large: usize) -> bool {
         !in_place
+            && self.views.is_none()
             && match self.stores {
                 Stores::Cached => false,
                 Stores::Streaming => true,
@@ -232,8 +290,27 @@ impl<E: Element> BatchNorm<E> {
             }
     }
 
-    pub(crate) fn check_tensor(&self, what: &'static str, got: &[E]) -> Result<()> {
-        check_len(what, self.shape.len(), got.len())
+    pub(crate) fn check_tensor(&self, side: Side, what: &'static str, got: &[E]) -> Result<()> {
+        match &self.views {
+            Some(views) => views.check(side, what, got.len()),
+            None => check_len(what, self.shape.len(), got.len()),
+        }
+    }
+
+    /// A tensor that is written over another.
+    fn check_in_place(&self, side: Side, what: &'static str, got: &[E]) -> Result<()> {
+        self.check_tensor(side, what, got)?;
+        self.views.as_ref().map_or(Ok(()), |views| views.check_in_place())
+    }
+
+    /// Values per channel.
+    pub(crate) fn count(&self) -> u64 {
+        self.logical().count() as u64
+    }
+
+    /// The dense tensor that the kernels see.
+    fn logical(&self) -> Shape {
+        self.views.as_ref().map_or(self.shape, |views| views.logical())
     }
 
     pub(crate) fn check_channels<T>(&self, what: &'static str, got: Option<&[T]>) -> Result<()> {
@@ -244,7 +321,7 @@ impl<E: Element> BatchNorm<E> {
         self.check_channels("gamma", affine.gamma)?;
         self.check_channels("beta", affine.beta)?;
         for (what, tensor) in [("residual", affine.residual), ("output", affine.output)] {
-            tensor.map_or(Ok(()), |tensor| self.check_tensor(what, tensor))?;
+            tensor.map_or(Ok(()), |tensor| self.check_tensor(Side::Y, what, tensor))?;
         }
         affine.activation.check()
     }
@@ -256,7 +333,7 @@ impl<E: Element> BatchNorm<E> {
     }
 
     pub(crate) fn check_batch(&self) -> Result<()> {
-        match self.shape.count() {
+        match self.count() {
             0 => Err(Error::EmptyBatch { batch: self.shape.batch(), spatial: self.shape.spatial() }),
             _ => Ok(()),
         }
@@ -304,9 +381,9 @@ impl<E: Element> BatchNorm<E> {
         y: &mut [E],
         saved: &mut Saved<E::Param>,
     ) -> Result<()> {
-        self.check_tensor("x", x)?;
-        self.check_tensor("y", y)?;
-        self.train(InOut::apart(x, y), affine, saved)
+        self.check_tensor(Side::X, "x", x)?;
+        self.check_tensor(Side::Y, "y", y)?;
+        self.train(InOut::forward(x, y), affine, saved)
     }
 
     /// [`BatchNorm::forward_train`] with `y` written over `x`. The backward pass needs `x`, so this suits networks
@@ -320,7 +397,7 @@ impl<E: Element> BatchNorm<E> {
         affine: Affine<'_, E>,
         saved: &mut Saved<E::Param>,
     ) -> Result<()> {
-        self.check_tensor("x", x)?;
+        self.check_in_place(Side::X, "x", x)?;
         self.train(InOut::in_place(x), affine, saved)
     }
 
@@ -333,7 +410,7 @@ impl<E: Element> BatchNorm<E> {
 
     fn train(&self, io: InOut<'_, E>, affine: Affine<'_, E>, saved: &mut Saved<E::Param>) -> Result<()> {
         self.check_train(affine, saved)?;
-        let count = self.shape.count() as u64;
+        let count = self.count();
         let normalize = self.normalize_to(io, affine, LARGE);
         self.execute(Operation::Train { normalize, record: saved.recorder(count, self.eps) });
         Ok(())
@@ -351,9 +428,9 @@ impl<E: Element> BatchNorm<E> {
         population: Population<'_, E::Param>,
         y: &mut [E],
     ) -> Result<()> {
-        self.check_tensor("x", x)?;
-        self.check_tensor("y", y)?;
-        self.infer(InOut::apart(x, y), affine, population)
+        self.check_tensor(Side::X, "x", x)?;
+        self.check_tensor(Side::Y, "y", y)?;
+        self.infer(InOut::forward(x, y), affine, population)
     }
 
     /// [`BatchNorm::forward_infer`] with `y` written over `x`.
@@ -366,7 +443,7 @@ impl<E: Element> BatchNorm<E> {
         affine: Affine<'_, E>,
         population: Population<'_, E::Param>,
     ) -> Result<()> {
-        self.check_tensor("x", x)?;
+        self.check_in_place(Side::X, "x", x)?;
         self.infer(InOut::in_place(x), affine, population)
     }
 
@@ -385,8 +462,12 @@ impl<E: Element> BatchNorm<E> {
 
     /// Runs an operation on tensors of the plan's shape, all of whose arguments were checked.
     pub(crate) fn execute(&self, operation: Operation<'_, E>) {
-        // A tensor without elements leaves nothing to do to the second halves; the first ones were seen to.
-        if self.shape.is_empty() {
+        // A tensor without elements leaves nothing to do to the second halves but what a mask hides; the first ones were seen to.
+        if self.logical().is_empty() {
+            if let (Some(views), Some(target)) = (&self.views, operation.target()) {
+                // SAFETY: the operation holds the borrow.
+                unsafe { views.clear(target.to) };
+            }
             return;
         }
         let context = self.context();
@@ -418,12 +499,12 @@ impl<E: Element> BatchNorm<E> {
         affine: Affine<'_, E>,
         gradients: Gradients<'_, E>,
     ) -> Result<()> {
-        self.check_tensor("dy", dy)?;
+        self.check_tensor(Side::Y, "dy", dy)?;
         if let Some(dx) = &gradients.dx {
-            self.check_tensor("dx", dx)?;
+            self.check_tensor(Side::X, "dx", dx)?;
         }
-        let dx = gradients.dx.map(|dx| InOut::apart(dy, dx));
-        self.differentiate(x, Source::new(dy), dx, saved, affine, Gradients { dx: None, ..gradients })
+        let dx = gradients.dx.map(|dx| InOut::backward(dy, dx));
+        self.differentiate(x, Source::new(dy, Side::Y), dx, saved, affine, Gradients { dx: None, ..gradients })
     }
 
     /// [`BatchNorm::backward`] with dx written over `dy`.
@@ -439,7 +520,7 @@ impl<E: Element> BatchNorm<E> {
         dgamma: Option<&mut [E::Param]>,
         dbeta: Option<&mut [E::Param]>,
     ) -> Result<()> {
-        self.check_tensor("dy", dy)?;
+        self.check_in_place(Side::Y, "dy", dy)?;
         let dx = InOut::in_place(dy);
         let gradients = Gradients { dgamma, dbeta, ..Default::default() };
         self.differentiate(x, dx.from, Some(dx), saved, affine, gradients)
@@ -458,7 +539,7 @@ impl<E: Element> BatchNorm<E> {
         self.check_channels("dbeta", dbeta)?;
         self.check_batch()?;
         self.check_saved(saved)?;
-        let count = self.shape.count() as u64;
+        let count = self.count();
         if saved.count != count && !saved.frozen {
             return Err(Error::Shards { expected: count, got: saved.count });
         }
@@ -474,7 +555,7 @@ impl<E: Element> BatchNorm<E> {
         affine: Affine<'a, E>,
         count: u64,
     ) -> Upstreams<'a, E> {
-        Upstreams { x: Source::new(x), dy, saved, affine, count, is_output: self.from_output }
+        Upstreams { x: Source::new(x, Side::X), dy, saved, affine, count, is_output: self.from_output }
     }
 
     /// The gradients, `dx` apart from the others.
@@ -487,15 +568,16 @@ impl<E: Element> BatchNorm<E> {
         affine: Affine<'_, E>,
         Gradients { dgamma, dbeta, dresidual, .. }: Gradients<'_, E>,
     ) -> Result<()> {
-        self.check_tensor("x", x)?;
-        dresidual.as_ref().map_or(Ok(()), |dresidual| self.check_tensor("dresidual", dresidual))?;
+        self.check_tensor(Side::X, "x", x)?;
+        dresidual.as_ref().map_or(Ok(()), |dresidual| self.check_tensor(Side::Y, "dresidual", dresidual))?;
         self.check_backward(saved, affine, dgamma.as_deref(), dbeta.as_deref())?;
-        let from = self.upstreams(x, dy, saved, affine, self.shape.count() as u64);
+        let from = self.upstreams(x, dy, saved, affine, self.count());
         let (dgamma, dbeta) = (dgamma.map(Disjoint::new), dbeta.map(Disjoint::new));
         let out = AffineGradientsTo { accumulates: self.accumulates, renorm: saved.renorm.as_ref(), dgamma, dbeta };
         let streaming = self.streams(dx.is_some_and(|dx| dx.is_in_place()), LARGE);
         let target = |to| Target { to, streaming };
-        let (dx, dresidual) = (dx.map(|dx| target(dx.to)), dresidual.map(Disjoint::new).map(target));
+        let (dx, dresidual) =
+            (dx.map(|dx| target(dx.to)), dresidual.map(|tensor| target(Disjoint::tensor(tensor, Side::Y))));
         self.execute(Operation::Backward { from, dx, dresidual, out });
         Ok(())
     }
@@ -571,11 +653,11 @@ impl<E: Element> BatchNorm<E> {
     /// # Errors
     /// [`Error::Length`] for `x` or `moments` (`C` entries).
     pub fn moments(&self, x: &[E], moments: &mut [Moments]) -> Result<()> {
-        self.check_tensor("x", x)?;
+        self.check_tensor(Side::X, "x", x)?;
         self.check_channels("moments", Some(moments))?;
         moments.fill(Moments::default());
-        let out = MomentsTo { count: self.shape.count() as u64, out: Disjoint::new(moments) };
-        self.execute(Operation::Moments { x: Source::new(x), out });
+        let out = MomentsTo { count: self.count(), out: Disjoint::new(moments) };
+        self.execute(Operation::Moments { x: Source::new(x, Side::X), out });
         Ok(())
     }
 
@@ -611,9 +693,9 @@ impl<E: Element> BatchNorm<E> {
     /// # Errors
     /// [`Error::Length`]; [`Error::MissingStatistics`].
     pub fn normalize(&self, x: &[E], affine: Affine<'_, E>, saved: &Saved<E::Param>, y: &mut [E]) -> Result<()> {
-        self.check_tensor("x", x)?;
-        self.check_tensor("y", y)?;
-        self.normalize_io(InOut::apart(x, y), affine, saved)
+        self.check_tensor(Side::X, "x", x)?;
+        self.check_tensor(Side::Y, "y", y)?;
+        self.normalize_io(InOut::forward(x, y), affine, saved)
     }
 
     /// [`BatchNorm::normalize`] with `y` written over `x`.
@@ -621,7 +703,7 @@ impl<E: Element> BatchNorm<E> {
     /// # Errors
     /// As [`BatchNorm::normalize`].
     pub fn normalize_in_place(&self, x: &mut [E], affine: Affine<'_, E>, saved: &Saved<E::Param>) -> Result<()> {
-        self.check_tensor("x", x)?;
+        self.check_in_place(Side::X, "x", x)?;
         self.normalize_io(InOut::in_place(x), affine, saved)
     }
 
@@ -646,14 +728,14 @@ impl<E: Element> BatchNorm<E> {
         affine: Affine<'_, E>,
         sums: &mut [GradientSums],
     ) -> Result<()> {
-        self.check_tensor("x", x)?;
-        self.check_tensor("dy", dy)?;
+        self.check_tensor(Side::X, "x", x)?;
+        self.check_tensor(Side::Y, "dy", dy)?;
         self.check_affine(affine)?;
         self.check_channels("sums", Some(sums))?;
         self.check_saved(saved)?;
         self.check_rebuild(affine, saved)?;
         sums.fill(GradientSums::default());
-        let from = self.upstreams(x, Source::new(dy), saved, affine, saved.count);
+        let from = self.upstreams(x, Source::new(dy, Side::Y), saved, affine, saved.count);
         self.execute(Operation::GradientSums { from, out: SumsTo(Disjoint::new(sums)) });
         Ok(())
     }
@@ -673,9 +755,9 @@ impl<E: Element> BatchNorm<E> {
         sums: &[GradientSums],
         dx: &mut [E],
     ) -> Result<()> {
-        self.check_tensor("dy", dy)?;
-        self.check_tensor("dx", dx)?;
-        self.input_gradient_io(x, InOut::apart(dy, dx), saved, affine, sums)
+        self.check_tensor(Side::Y, "dy", dy)?;
+        self.check_tensor(Side::X, "dx", dx)?;
+        self.input_gradient_io(x, InOut::backward(dy, dx), saved, affine, sums)
     }
 
     /// [`BatchNorm::input_gradient`] with dx written over `dy`.
@@ -690,7 +772,7 @@ impl<E: Element> BatchNorm<E> {
         affine: Affine<'_, E>,
         sums: &[GradientSums],
     ) -> Result<()> {
-        self.check_tensor("dy", dy)?;
+        self.check_in_place(Side::Y, "dy", dy)?;
         self.input_gradient_io(x, InOut::in_place(dy), saved, affine, sums)
     }
 
@@ -702,7 +784,7 @@ impl<E: Element> BatchNorm<E> {
         affine: Affine<'_, E>,
         sums: &[GradientSums],
     ) -> Result<()> {
-        self.check_tensor("x", x)?;
+        self.check_tensor(Side::X, "x", x)?;
         self.check_affine(affine)?;
         self.check_channels("sums", Some(sums))?;
         self.check_saved(saved)?;

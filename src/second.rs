@@ -28,7 +28,7 @@ use crate::operation::Operation;
 use crate::pass::{BATCH, Context, Each};
 use crate::plan::BatchNorm;
 use crate::scratch::Scratch;
-use crate::tensor::{Disjoint, Source};
+use crate::tensor::{Disjoint, Side, Source};
 
 /// The gradients of a loss with respect to what [`BatchNorm::backward`] gave.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -93,9 +93,11 @@ impl<E: Element> BatchNorm<E> {
         gradients: SecondGradients<'_, E>,
     ) -> Result<()> {
         let (of_x, of_dy) = (gradients.x.as_deref(), gradients.dy.as_deref());
-        let tensors = [("x", Some(x)), ("dy", Some(dy)), ("cotangent of dx", Some(cotangents.dx))];
-        for (what, tensor) in tensors.into_iter().chain([("gradient of x", of_x), ("gradient of dy", of_dy)]) {
-            tensor.map_or(Ok(()), |tensor| self.check_tensor(what, tensor))?;
+        let given =
+            [(Side::X, "x", Some(x)), (Side::Y, "dy", Some(dy)), (Side::X, "cotangent of dx", Some(cotangents.dx))];
+        let wanted = [(Side::X, "gradient of x", of_x), (Side::Y, "gradient of dy", of_dy)];
+        for (side, what, tensor) in given.into_iter().chain(wanted) {
+            tensor.map_or(Ok(()), |tensor| self.check_tensor(side, what, tensor))?;
         }
         self.check_channels("cotangent of dgamma", cotangents.dgamma)?;
         self.check_channels("cotangent of dbeta", cotangents.dbeta)?;
@@ -104,17 +106,17 @@ impl<E: Element> BatchNorm<E> {
         if affine.activation != Activation::None {
             return Err(Error::SecondDerivative);
         }
-        let to = |tensor| Target { to: Disjoint::new(tensor), streaming: false };
-        let from = self.upstreams(x, Source::new(dy), saved, affine, self.shape().count() as u64);
+        let to = |tensor, side| Target { to: Disjoint::tensor(tensor, side), streaming: false };
+        let from = self.upstreams(x, Source::new(dy, Side::Y), saved, affine, self.count());
         let mut means = vec![[0.0; 5]; self.shape().channels()];
         self.execute(Operation::Twice(Twice {
             from,
-            of: Upstreams { dy: Source::new(cotangents.dx), ..from },
+            of: Upstreams { dy: Source::new(cotangents.dx, Side::X), ..from },
             of_dgamma: cotangents.dgamma,
             of_dbeta: cotangents.dbeta,
             means: Disjoint::new(&mut means),
-            x: gradients.x.map(to),
-            dy: gradients.dy.map(to),
+            x: gradients.x.map(|tensor| to(tensor, Side::X)),
+            dy: gradients.dy.map(|tensor| to(tensor, Side::Y)),
             gamma: gradients.gamma.map(Disjoint::new),
         }));
         Ok(())
@@ -161,7 +163,7 @@ impl<E: Element> Twice<'_, E> {
     ///
     /// # Safety
     /// As [`Operation::run`].
-    pub(crate) unsafe fn run(self, context: Context, scratch: &mut Scratch<E::Param>) {
+    pub(crate) unsafe fn run(self, context: Context<'_>, scratch: &mut Scratch<E::Param>) {
         let Self { from, of, means, .. } = self;
         let count = from.count as f64;
         // The first one has dy in the place of xhat; what it finds beside D is overwritten.

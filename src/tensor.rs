@@ -6,11 +6,19 @@ use core::ops::Range;
 use crate::element::Element;
 use crate::simd::{Compute, Isa, Vector};
 
+/// Whose view tells where the elements of a tensor lie: the input's, or the output's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Side {
+    X,
+    Y,
+}
+
 /// A slice whose disjoint parts are written by several threads: the one place that splits output.
 #[derive(Clone, Copy)]
 pub(crate) struct Disjoint<'a, T> {
     ptr: *mut T,
     len: usize,
+    side: Side,
     life: PhantomData<&'a mut [T]>,
 }
 
@@ -20,8 +28,17 @@ unsafe impl<T: Send> Send for Disjoint<'_, T> {}
 unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
 
 impl<'a, T> Disjoint<'a, T> {
+    /// An array, or anything else of which views know nothing.
     pub(crate) fn new(slice: &'a mut [T]) -> Self {
-        Self { ptr: slice.as_mut_ptr(), len: slice.len(), life: PhantomData }
+        Self::tensor(slice, Side::Y)
+    }
+
+    pub(crate) fn tensor(slice: &'a mut [T], side: Side) -> Self {
+        Self { ptr: slice.as_mut_ptr(), len: slice.len(), side, life: PhantomData }
+    }
+
+    pub(crate) fn side(&self) -> Side {
+        self.side
     }
 
     pub(crate) fn as_ptr(&self) -> *mut T {
@@ -30,7 +47,7 @@ impl<'a, T> Disjoint<'a, T> {
 
     /// The same to be read, where each element is read before it is written.
     pub(crate) fn source(&self) -> Source<'a, T> {
-        Source { ptr: self.ptr, life: PhantomData }
+        Source { ptr: self.ptr, side: self.side, life: PhantomData }
     }
 
     /// The elements of `range`.
@@ -45,10 +62,19 @@ impl<'a, T> Disjoint<'a, T> {
     }
 }
 
+impl<'a, E: Element> Disjoint<'a, E> {
+    /// Scratch for as many elements as it has parameters, which are at least as large.
+    pub(crate) fn elements(scratch: &'a mut [E::Param]) -> Self {
+        const { assert!(size_of::<E>() <= size_of::<E::Param>() && align_of::<E>() <= align_of::<E::Param>()) };
+        Self { ptr: scratch.as_mut_ptr().cast(), len: scratch.len(), side: Side::Y, life: PhantomData }
+    }
+}
+
 /// A tensor that a pass reads, shared by threads while another [`Disjoint`] writes, perhaps in place.
 #[derive(Clone, Copy)]
 pub(crate) struct Source<'a, T> {
     ptr: *const T,
+    side: Side,
     life: PhantomData<&'a [T]>,
 }
 
@@ -58,12 +84,21 @@ unsafe impl<T: Sync> Send for Source<'_, T> {}
 unsafe impl<T: Sync> Sync for Source<'_, T> {}
 
 impl<'a, T> Source<'a, T> {
-    pub(crate) fn new(slice: &'a [T]) -> Self {
-        Self { ptr: slice.as_ptr(), life: PhantomData }
+    pub(crate) fn new(slice: &'a [T], side: Side) -> Self {
+        Self { ptr: slice.as_ptr(), side, life: PhantomData }
     }
 
     pub(crate) fn as_ptr(&self) -> *const T {
         self.ptr
+    }
+
+    pub(crate) fn side(&self) -> Side {
+        self.side
+    }
+
+    /// The same tensor, its elements elsewhere.
+    pub(crate) fn moved_to(self, ptr: *const T) -> Self {
+        Self { ptr, ..self }
     }
 }
 
@@ -122,8 +157,14 @@ pub(crate) struct InOut<'a, T> {
 }
 
 impl<'a, T> InOut<'a, T> {
-    pub(crate) fn apart(from: &'a [T], to: &'a mut [T]) -> Self {
-        Self { from: Source::new(from), to: Disjoint::new(to) }
+    /// `x` to `y`.
+    pub(crate) fn forward(x: &'a [T], y: &'a mut [T]) -> Self {
+        Self { from: Source::new(x, Side::X), to: Disjoint::tensor(y, Side::Y) }
+    }
+
+    /// `dy` to `dx`.
+    pub(crate) fn backward(dy: &'a [T], dx: &'a mut [T]) -> Self {
+        Self { from: Source::new(dy, Side::Y), to: Disjoint::tensor(dx, Side::X) }
     }
 
     pub(crate) fn is_in_place(&self) -> bool {

@@ -14,9 +14,10 @@ use crate::element::{Element, Real};
 use crate::grid::Runs;
 use crate::simd::{Compute, Isa, Vector};
 use crate::tensor::Source;
+use crate::view::{Pack, Packs};
 
 /// Where the gradient of the affine part's output comes from: `dy` itself, or what an activation lets through of it.
-pub(crate) trait Upstream<E: Element>: Copy + Sync {
+pub(crate) trait Upstream<E: Element>: Packs<E> + Sync {
     /// Its elements from `at`: of a whole vector if `FULL`, else the first `n` and zeros. `centred` are those of `x - hi`,
     /// and `line` the forward pass's `[scale, shift]`.
     ///
@@ -51,6 +52,13 @@ pub(crate) trait Upstream<E: Element>: Copy + Sync {
 
     /// Asks the caches for the elements around `at`, which may lie anywhere.
     fn prefetch<I: Isa>(&self, isa: I, at: usize);
+}
+
+impl<E: Element> Packs<E> for Source<'_, E> {
+    unsafe fn packed(self, pack: &mut Pack<'_, '_, E>) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { pack.pack(self) }
+    }
 }
 
 impl<E: Element> Upstream<E> for Source<'_, E> {
@@ -89,6 +97,15 @@ pub(crate) struct Gated<'a, E: Element> {
     pub(crate) bend: Bend<E::Param>,
     /// What the input is rebuilt with.
     pub(crate) unbend: Bend<E::Param>,
+}
+
+impl<E: Element> Packs<E> for Gated<'_, E> {
+    unsafe fn packed(self, pack: &mut Pack<'_, '_, E>) -> Self {
+        // SAFETY: the caller's promise, for all.
+        let mut packed = |tensor| unsafe { pack.pack(tensor) };
+        let dy = packed(self.dy);
+        Self { dy, output: self.output.map(&mut packed), residual: self.residual.map(&mut packed), ..self }
+    }
 }
 
 impl<E: Element> Upstream<E> for Gated<'_, E> {
@@ -153,6 +170,16 @@ pub(crate) struct Passed<'a, E: Element> {
     pub(crate) scaled: bool,
 }
 
+impl<E: Element> Packs<E> for Passed<'_, E> {
+    unsafe fn packed(self, pack: &mut Pack<'_, '_, E>) -> Self {
+        // SAFETY: the caller's promise, for both.
+        unsafe {
+            let x = if self.upstream.output.is_some() { self.x } else { pack.pack(self.x) };
+            Self { x, upstream: self.upstream.packed(pack), ..self }
+        }
+    }
+}
+
 impl<E: Element> Map<3> for Passed<'_, E> {
     type Element = E;
 
@@ -187,6 +214,13 @@ impl<E: Element> Map<3> for Passed<'_, E> {
 pub(crate) struct Pair<'a, E, U> {
     pub(crate) x: Source<'a, E>,
     pub(crate) upstream: U,
+}
+
+impl<E: Element, U: Upstream<E>> Packs<E> for Pair<'_, E, U> {
+    unsafe fn packed(self, pack: &mut Pack<'_, '_, E>) -> Self {
+        // SAFETY: the caller's promise, for both.
+        unsafe { Self { x: pack.pack(self.x), upstream: self.upstream.packed(pack) } }
+    }
 }
 
 impl<E: Element, U: Upstream<E>> Pair<'_, E, U> {
@@ -290,7 +324,7 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element, U: Upstream<E>, const K: usize>
     let (first, last) = (block.columns.0, block.columns.1.min(block.channels));
     let padded = columns.wide[0].len();
     for c in first..last {
-        for (k, param) in params(c).into_iter().enumerate() {
+        for (k, param) in params(block.base + c).into_iter().enumerate() {
             columns.params[k * padded + c - first] = param;
         }
     }
@@ -315,7 +349,7 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element, U: Upstream<E>, const K: usize>
     for c in (0..width).filter(|&c| !is_sound([wide_a[c], wide_b[c]])) {
         let elements = (0..block.len / channels).map(|row| block.start + row * channels + first + c);
         // SAFETY: the elements are those of the channel in the block.
-        [a[c], b[c]] = unsafe { in_f64(pair, params(first + c), elements) };
+        [a[c], b[c]] = unsafe { in_f64(pair, params(block.base + first + c), elements) };
     }
 }
 

@@ -8,6 +8,7 @@ use core::ops::Range;
 use crate::element::Element;
 use crate::simd::{Compute, Isa, Lanes, MAX_LANES, Storage, Vector};
 use crate::tensor::Disjoint;
+use crate::view::Packs;
 
 /// Bytes of the parameters of a row that stay in a first-level cache beside the tensors.
 const CROWDED: usize = 16 << 10;
@@ -18,7 +19,7 @@ const STRIP: usize = 4 << 10;
 const AHEAD: usize = 8 << 10;
 
 /// A value per element, made of `K` parameters of the channel.
-pub(crate) trait Map<const K: usize>: Copy + Sync {
+pub(crate) trait Map<const K: usize>: Packs<Self::Element> + Sync {
     /// The type that is written.
     type Element: Element;
 

@@ -8,6 +8,7 @@ use crate::activation::Bend;
 use crate::element::{Element, Real};
 use crate::simd::{Compute, Isa, Vector};
 use crate::tensor::Source;
+use crate::view::{Pack, Packs};
 
 /// A channel's `[hi, scale, shift]`.
 #[inline(always)]
@@ -19,6 +20,13 @@ pub(crate) fn coefficients<R: Real>(mean: R, residue: R, inv_std: f64, gamma: f6
 /// `y` from `x`.
 #[derive(Clone, Copy)]
 pub(crate) struct Normalize<'a, E>(pub(crate) Source<'a, E>);
+
+impl<E: Element> Packs<E> for Normalize<'_, E> {
+    unsafe fn packed(self, pack: &mut Pack<'_, '_, E>) -> Self {
+        // SAFETY: the caller's promise.
+        Self(unsafe { pack.pack(self.0) })
+    }
+}
 
 impl<E: Element> Map<3> for Normalize<'_, E> {
     type Element = E;
@@ -48,6 +56,16 @@ pub(crate) struct Activated<'a, E: Element> {
     pub(crate) normalize: Normalize<'a, E>,
     pub(crate) residual: Option<Source<'a, E>>,
     pub(crate) bend: Bend<E::Param>,
+}
+
+impl<E: Element> Packs<E> for Activated<'_, E> {
+    unsafe fn packed(self, pack: &mut Pack<'_, '_, E>) -> Self {
+        // SAFETY: the caller's promise, for both.
+        unsafe {
+            let residual = self.residual.map(|residual| pack.pack(residual));
+            Self { normalize: self.normalize.packed(pack), residual, ..self }
+        }
+    }
 }
 
 impl<E: Element> Map<3> for Activated<'_, E> {

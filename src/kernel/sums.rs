@@ -190,6 +190,8 @@ pub(crate) struct RowBlock {
     pub(crate) len: usize,
     pub(crate) period: usize,
     pub(crate) columns: (usize, usize),
+    /// The channel of the first column; not zero where a tile of columns was packed.
+    pub(crate) base: usize,
     /// Whether rows are asked for ahead: several are read at a time, which the CPU does not foresee well.
     pub(crate) prefetches: bool,
 }

@@ -17,6 +17,7 @@ use crate::moments::MergeWeights;
 use crate::scratch::{Need, Scratch};
 use crate::simd::{Dispatched, Isa, Kernel, MAX_LANES, dispatch};
 use crate::tensor::Disjoint;
+use crate::view::{Pack, Packs, Views, room_for};
 
 /// Parameters of the terms that a reduction of rows may have.
 const TERM_PARAMS: usize = 4;
@@ -27,6 +28,8 @@ pub(crate) const BATCH: usize = 16;
 /// The shortest plane, and the shortest run of the planes of a batch, that a pass goes over once; in bytes.
 const FUSED_PLANE: usize = 512;
 const FUSED_RUN: usize = 4096;
+/// Elements of a tile that is packed: a few of them stay in a second-level cache.
+const PACKED_TILE: usize = 65536;
 /// Merges of one channel that are worth another thread.
 const MERGES: usize = 65536;
 
@@ -35,7 +38,7 @@ const MERGES: usize = 65536;
 pub(crate) type Each<T> = [T; BATCH];
 
 /// The first half of a pass: `S` values in f64 per channel.
-pub(crate) trait Reduction<E: Element, const S: usize>: Sync {
+pub(crate) trait Reduction<E: Element, const S: usize>: Packs<E> + Sync {
     /// What is known of a block of a channel while its runs are read.
     type Block<I: Isa>: Copy;
 
@@ -97,7 +100,7 @@ impl Order {
 
 /// How a pass runs.
 #[derive(Clone, Copy)]
-pub(crate) struct Context {
+pub(crate) struct Context<'v> {
     pub(crate) geometry: Geometry,
     pub(crate) tier: Dispatched,
     pub(crate) workers: usize,
@@ -105,12 +108,14 @@ pub(crate) struct Context {
     pub(crate) batch: usize,
     /// Whether tensors come from memory: then it pays to ask for them ahead, and to read them once.
     pub(crate) large: bool,
+    /// Where the elements lie, if not one after the other.
+    pub(crate) views: Option<&'v Views>,
 }
 
-impl Context {
+impl<'v> Context<'v> {
     /// Whether each thread has whole channels, rather than blocks of them.
     fn by_channel(&self, planar: Planar) -> bool {
-        planar.channels >= 8 * self.workers || planar.channels.is_multiple_of(self.workers)
+        self.views.is_none() && (planar.channels >= 8 * self.workers || planar.channels.is_multiple_of(self.workers))
     }
 
     /// Whether both halves go over the tensor together: not where it stays in a cache, nor in short steps.
@@ -127,25 +132,89 @@ impl Context {
             Geometry::Planar(planar) => Need {
                 wide: if self.by_channel(planar) { 0 } else { planar.channels.saturating_mul(planar.blocks()) }
                     .saturating_mul(S),
-                narrow: planar.channels.saturating_mul(K),
+                narrow: planar.channels.saturating_mul(K).saturating_add(self.room()),
             },
             Geometry::Rows(rows) => {
                 let work = if S > 0 { self.row_pieces(rows).saturating_mul(self.row_width(rows)) } else { 0 };
                 let values = rows.channels.saturating_mul(rows.blocks()).saturating_mul(S);
                 Need {
                     wide: values.saturating_add(work.saturating_mul(2)),
-                    narrow: rows.padded().saturating_mul(K).saturating_add(work.saturating_mul(TERM_PARAMS + 2)),
+                    narrow: rows
+                        .padded()
+                        .saturating_mul(K)
+                        .saturating_add(work.saturating_mul(TERM_PARAMS + 2))
+                        .saturating_add(self.room()),
                 }
             }
         }
     }
 
     fn row_width(&self, rows: Rows) -> usize {
-        rows.tile_width(rows.tiles(self.workers))
+        rows.tile_width(self.tiles(rows))
     }
 
     fn row_pieces(&self, rows: Rows) -> usize {
-        pieces(self.workers, rows.blocks() * rows.tiles(self.workers))
+        pieces(self.workers, rows.blocks() * self.tiles(rows))
+    }
+
+    /// Into how many tiles of columns rows are cut: as many as keep threads busy, or as are packed into a cache.
+    fn tiles(&self, rows: Rows) -> usize {
+        match self.views {
+            Some(_) if rows.joined() == 1 => rows.tiles_of(PACKED_TILE),
+            Some(_) => 1,
+            None => rows.tiles(self.workers),
+        }
+    }
+
+    /// The most elements that are packed at once.
+    fn packed(&self) -> usize {
+        match self.geometry {
+            Geometry::Planar(_) => MAP_STRETCH,
+            Geometry::Rows(rows) => {
+                let tile = rows.most().saturating_mul(self.row_width(rows).min(rows.channels));
+                tile.max(row_stretch(rows))
+            }
+        }
+    }
+
+    /// Scratch for packed elements, as many for each piece.
+    fn room(&self) -> usize {
+        match self.views {
+            Some(_) => pieces(self.workers, usize::MAX).saturating_mul(room_for(self.packed())),
+            None => 0,
+        }
+    }
+
+    /// That of one piece, from the scratch of all.
+    ///
+    /// # Safety
+    /// It is asked for once at a time.
+    unsafe fn room_of<'r, E: Element>(&self, piece: usize, room: Disjoint<'r, E>) -> &'r mut [E] {
+        let each = room_for(self.packed());
+        // SAFETY: pieces have parts of their own.
+        unsafe { room.slice(piece * each..(piece + 1) * each) }
+    }
+
+    /// Maps packed elements, and puts the results where they belong.
+    ///
+    /// # Safety
+    /// As [`Context::apply`], for the elements, with room of their own.
+    unsafe fn map_packed<E: Element, M: Map<K, Element = E>, const K: usize>(
+        &self,
+        views: &Views,
+        (elements, room): (Range<usize>, &mut [E]),
+        map: M,
+        target: Target<'_, E>,
+        write: impl FnOnce(M, Target<'_, E>),
+    ) {
+        let runs = Runs { start: elements.start, len: elements.len(), count: 1, stride: 0 };
+        let mut pack = Pack::new(views, runs, room);
+        // SAFETY: the caller's promise.
+        let packed = unsafe { map.packed(&mut pack) };
+        let out = pack.take();
+        write(packed, Target { to: Disjoint::new(out), streaming: false });
+        // SAFETY: the caller's promise.
+        unsafe { views.unpack(out, elements, target.to) };
     }
 
     /// Reduces, makes coefficients of each channel's values, and maps.
@@ -165,7 +234,7 @@ impl Context {
         R: Reduction<E, S>,
         M: Map<K, Element = E>,
     {
-        let (wide, narrow) = scratch.parts(self.need::<S, K>());
+        let (wide, narrow, room) = self.parts::<E, S, K>(scratch);
         match self.geometry {
             Geometry::Planar(planar) if self.fused::<E>(planar) => {
                 for_each_piece(self.workers, planar.channels, &|_, channels| {
@@ -180,21 +249,21 @@ impl Context {
             Geometry::Planar(planar) => {
                 let coefficients: &mut [[E::Param; K]] = narrow.as_chunks_mut().0;
                 let out = Disjoint::new(coefficients);
-                self.reduce_planar(planar, reduction, wide, &|channels, values| {
+                self.reduce_planar(planar, reduction, (wide, room), &|channels, values| {
                     // SAFETY: each channel is closed once.
                     transpose(&plain(close(channels.clone(), values)), unsafe { out.slice(channels) });
                 });
-                self.map_planar(planar, map, target, coefficients, Order::Backwards);
+                self.map_planar(planar, map, target, (coefficients, room), Order::Backwards);
             }
             Geometry::Rows(rows) => {
                 let (coefficients, work) = narrow.split_at_mut(K * rows.padded());
-                let (out, lead) = (Disjoint::new(coefficients), target.lead());
-                self.reduce_rows(rows, reduction, wide, work, &|channels, values| {
+                let (out, lead) = (Disjoint::new(coefficients), self.lead(target));
+                self.reduce_rows(rows, reduction, (wide, work, room), &|channels, values| {
                     let coefficients = plain(close(channels.clone(), values));
                     // SAFETY: each channel is closed once.
                     unsafe { set_columns(rows, out, lead, channels, &coefficients) }
                 });
-                self.map_rows(rows, map, target, coefficients, Order::Backwards);
+                self.map_rows(rows, map, target, (coefficients, room), Order::Backwards);
             }
         }
     }
@@ -212,10 +281,10 @@ impl Context {
         E: Element,
         R: Reduction<E, S>,
     {
-        let (wide, narrow) = scratch.parts(self.need::<S, 0>());
+        let (wide, narrow, room) = self.parts::<E, S, 0>(scratch);
         match self.geometry {
-            Geometry::Planar(planar) => self.reduce_planar(planar, reduction, wide, close),
-            Geometry::Rows(rows) => self.reduce_rows(rows, reduction, wide, narrow, close),
+            Geometry::Planar(planar) => self.reduce_planar(planar, reduction, (wide, room), close),
+            Geometry::Rows(rows) => self.reduce_rows(rows, reduction, (wide, narrow, room), close),
         }
     }
 
@@ -233,22 +302,22 @@ impl Context {
         E: Element,
         M: Map<K, Element = E>,
     {
-        let (_, narrow) = scratch.parts(self.need::<0, K>());
+        let (_, narrow, room) = self.parts::<E, 0, K>(scratch);
         match self.geometry {
             Geometry::Planar(planar) => {
                 let coefficients: &mut [[E::Param; K]] = narrow.as_chunks_mut().0;
                 for channels in batches(0..planar.channels) {
                     transpose(&plain(given(channels.clone())), &mut coefficients[channels]);
                 }
-                self.map_planar(planar, map, target, coefficients, Order::Forwards);
+                self.map_planar(planar, map, target, (coefficients, room), Order::Forwards);
             }
             Geometry::Rows(rows) => {
-                let (out, lead) = (Disjoint::new(narrow), target.lead());
+                let (out, lead) = (Disjoint::new(narrow), self.lead(target));
                 for channels in batches(0..rows.channels) {
                     // SAFETY: no other thread knows the scratch yet.
                     unsafe { set_columns(rows, out, lead, channels.clone(), &plain(given(channels))) }
                 }
-                self.map_rows(rows, map, target, narrow, Order::Forwards);
+                self.map_rows(rows, map, target, (narrow, room), Order::Forwards);
             }
         }
     }
@@ -260,6 +329,34 @@ impl Context {
         }
     }
 
+    /// Elements before the first aligned store, which packed ones begin with.
+    fn head<E: Element>(&self, target: Target<'_, E>) -> usize {
+        if self.views.is_some() { 0 } else { target.head() }
+    }
+
+    /// Where arrays of parameters begin, see [`Target::lead`].
+    fn lead<E: Element>(&self, target: Target<'_, E>) -> usize {
+        if self.views.is_some() { 0 } else { target.lead() }
+    }
+
+    /// Writes zeros where views show nothing.
+    fn clear<E: Element>(&self, target: Target<'_, E>) {
+        if let Some(views) = self.views {
+            // SAFETY: the pass alone writes the tensor, and has written all else.
+            unsafe { views.clear(target.to) };
+        }
+    }
+
+    /// The parts of the scratch: for sums, for coefficients and columns, and for packed elements.
+    fn parts<'s, E: Element, const S: usize, const K: usize>(
+        &self,
+        scratch: &'s mut Scratch<E::Param>,
+    ) -> (&'s mut [f64], &'s mut [E::Param], Disjoint<'s, E>) {
+        let (wide, narrow) = scratch.parts(self.need::<S, K>());
+        let (narrow, room) = narrow.split_at_mut(narrow.len() - self.room());
+        (wide, narrow, Disjoint::elements(room))
+    }
+
     fn reader<E, R>(self, planar: Planar, channels: Range<usize>, reduction: &R) -> Reader<'_, E, R> {
         Reader { planar, channels, reduction, batch: self.batch, prefetches: self.large, element: PhantomData }
     }
@@ -268,7 +365,7 @@ impl Context {
         self,
         planar: Planar,
         reduction: &R,
-        wide: &mut [f64],
+        (wide, room): (&mut [f64], Disjoint<'_, E>),
         close: Close<'_, (), S>,
     ) {
         if self.by_channel(planar) {
@@ -279,10 +376,22 @@ impl Context {
         }
         let values: &mut [[f64; S]] = wide.as_chunks_mut().0;
         let out = Disjoint::new(values);
-        for_each_piece(self.workers, planar.channels * planar.blocks(), &|_, blocks| {
+        for_each_piece(self.workers, planar.channels * planar.blocks(), &|piece, blocks| {
             // SAFETY: the ranges of the pieces do not overlap.
             let out = unsafe { out.slice(blocks.clone()) };
-            dispatch(self.tier, planar::Blocks { planar, blocks, reduction, out, element: PhantomData::<E> });
+            let Some(views) = self.views else {
+                let blocks = planar::Blocks { planar, first: 0, blocks, reduction, out, element: PhantomData::<E> };
+                return dispatch(self.tier, blocks);
+            };
+            for (block, out) in blocks.zip(out) {
+                let (first, runs) =
+                    (block / planar.blocks(), planar.block(block / planar.blocks(), block % planar.blocks()));
+                // SAFETY: a block of the grid, and the room of this piece.
+                let reduction = unsafe { reduction.packed(&mut Pack::new(views, runs, self.room_of(piece, room))) };
+                let planar = Planar { planes: runs.count, channels: 1, plane: runs.len };
+                let (reduction, out, element) = (&reduction, core::slice::from_mut(out), PhantomData::<E>);
+                dispatch(self.tier, planar::Blocks { planar, first, blocks: 0..1, reduction, out, element });
+            }
         });
         for channels in batches(0..planar.channels) {
             let mut totals = Merged::new();
@@ -301,29 +410,40 @@ impl Context {
         planar: Planar,
         map: M,
         target: Target<'_, E>,
-        coefficients: &[[E::Param; K]],
+        (coefficients, room): (&[[E::Param; K]], Disjoint<'_, E>),
         order: Order,
     ) {
         let len = planar.planes * planar.channels * planar.plane;
-        let stretches = Stretches::new(len, MAP_STRETCH, target);
-        for_each_piece(self.workers, stretches.count(), &|_, piece| {
-            for i in order.over(piece) {
-                // SAFETY: a part of the tensor, and no other piece has it.
-                unsafe { planar::map(self.tier, planar, map, target, coefficients, stretches.get(i)) };
+        let stretches = Stretches { len, each: MAP_STRETCH, head: self.head(target) };
+        for_each_piece(self.workers, stretches.count(), &|piece, range| {
+            for elements in order.over(range).map(|i| stretches.get(i)) {
+                let Some(views) = self.views else {
+                    // SAFETY: a part of the tensor, and no other piece has it.
+                    unsafe { planar::map(self.tier, planar, map, target, coefficients, elements, 0) };
+                    continue;
+                };
+                let (range, origin) = (elements.clone(), elements.start);
+                // SAFETY: as above, and the room of this piece.
+                unsafe {
+                    let packed = (elements, self.room_of(piece, room));
+                    self.map_packed(views, packed, map, target, |map, target| {
+                        planar::map(self.tier, planar, map, target, coefficients, range, origin);
+                    });
+                }
             }
             self.fence(target);
         });
+        self.clear(target);
     }
 
     fn reduce_rows<E: Element, R: Reduction<E, S>, const S: usize>(
         self,
         rows: Rows,
         reduction: &R,
-        wide: &mut [f64],
-        work: &mut [E::Param],
+        (wide, work, room): (&mut [f64], &mut [E::Param], Disjoint<'_, E>),
         close: Close<'_, (), S>,
     ) {
-        let tiles = rows.tiles(self.workers);
+        let tiles = self.tiles(rows);
         let (values, wide) = wide.split_at_mut(rows.blocks() * S * rows.channels);
         let (out, wide, work) = (Disjoint::new(values), Disjoint::new(wide), Disjoint::new(work));
         let width = self.row_width(rows);
@@ -334,8 +454,24 @@ impl Context {
             let (wide_a, wide_b) = wide.split_at_mut(width);
             let (params, narrow) = narrow.split_at_mut(TERM_PARAMS * width);
             let (narrow_a, narrow_b) = narrow.split_at_mut(width);
-            let columns = Columns { params, narrow: [narrow_a, narrow_b], wide: [wide_a, wide_b] };
-            dispatch(self.tier, rows::Blocks::<E, R, S> { rows, items, tiles, reduction, columns, out });
+            let mut columns = Columns { params, narrow: [narrow_a, narrow_b], wide: [wide_a, wide_b] };
+            for item in items {
+                let (b, tile) = (item / tiles, rows.tile(item % tiles, tiles));
+                // SAFETY: no other piece has this tile of the block.
+                let out: [&mut [f64]; S] = core::array::from_fn(|k| unsafe {
+                    let at = (b * S + k) * rows.channels;
+                    out.slice(at + tile.start..at + tile.end.min(rows.channels))
+                });
+                let (block, columns) = (rows::block::<E>(rows, b, tile), &mut columns);
+                let Some(views) = self.views else {
+                    dispatch(self.tier, rows::Block { block, reduction, columns, out });
+                    continue;
+                };
+                let (runs, block) = rows::packed(block);
+                // SAFETY: a block of the grid, and the room of this piece.
+                let reduction = &unsafe { reduction.packed(&mut Pack::new(views, runs, self.room_of(piece, room))) };
+                dispatch(self.tier, rows::Block { block, reduction, columns, out });
+            }
         });
         let workers = self.workers.min(1 + rows.blocks() * rows.channels / MERGES);
         for_each_piece(workers, rows.channels, &|_, channels| {
@@ -349,17 +485,33 @@ impl Context {
         rows: Rows,
         map: M,
         target: Target<'_, E>,
-        coefficients: &[E::Param],
+        (coefficients, room): (&[E::Param], Disjoint<'_, E>),
         order: Order,
     ) {
-        let stretches = Stretches::new(rows.rows * rows.channels, MAP_STRETCH.max(8 * rows.period()), target);
-        for_each_piece(self.workers, stretches.count(), &|_, piece| {
-            for i in order.over(piece) {
-                let elements = stretches.get(i);
-                dispatch(self.tier, rows::Write { rows, elements, map, target, coefficients });
+        let (len, lead) = (rows.rows * rows.channels, self.lead(target));
+        let stretches = Stretches { len, each: row_stretch(rows), head: self.head(target) };
+        for_each_piece(self.workers, stretches.count(), &|piece, range| {
+            for elements in order.over(range).map(|i| stretches.get(i)) {
+                let column = elements.start % rows.period();
+                let Some(views) = self.views else {
+                    dispatch(self.tier, rows::Write { rows, column, lead, elements, map, target, coefficients });
+                    continue;
+                };
+                let local = 0..elements.len();
+                // SAFETY: a part of the tensor, and no other piece has it, nor its room.
+                unsafe {
+                    let packed = (elements, self.room_of(piece, room));
+                    self.map_packed(views, packed, map, target, |map, target| {
+                        dispatch(
+                            self.tier,
+                            rows::Write { rows, column, lead, elements: local, map, target, coefficients },
+                        );
+                    });
+                }
             }
             self.fence(target);
         });
+        self.clear(target);
     }
 }
 
@@ -371,10 +523,6 @@ struct Stretches {
 }
 
 impl Stretches {
-    fn new<E: Element>(len: usize, each: usize, target: Target<'_, E>) -> Self {
-        Self { len, each, head: target.head() }
-    }
-
     fn count(&self) -> usize {
         self.len.saturating_sub(self.head).div_ceil(self.each).max(self.len.min(1))
     }
@@ -383,6 +531,11 @@ impl Stretches {
         let cut = |i: usize| (self.head + i * self.each).min(self.len);
         (if i == 0 { 0 } else { cut(i) })..cut(i + 1)
     }
+}
+
+/// Elements of rows that are mapped at a stretch.
+fn row_stretch(rows: Rows) -> usize {
+    MAP_STRETCH.max(8 * rows.period())
 }
 
 /// Ranges of up to [`BATCH`] channels.

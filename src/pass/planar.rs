@@ -263,6 +263,8 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Kernel for Reduce<'_, E, R,
 /// The first half for a range of the blocks of all channels, channel by channel.
 pub(super) struct Blocks<'a, E, R, const S: usize> {
     pub(super) planar: Planar,
+    /// The channel of the first plane.
+    pub(super) first: usize,
     pub(super) blocks: Range<usize>,
     pub(super) reduction: &'a R,
     pub(super) out: &'a mut [[f64; S]],
@@ -279,7 +281,7 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Kernel for Blocks<'_, E, R,
             let runs = self.planar.block(c, b);
             // SAFETY: the runs come from the grid.
             *out = unsafe {
-                let mut block = self.reduction.begin(isa, c, runs);
+                let mut block = self.reduction.begin(isa, self.first + c, runs);
                 for band in runs.bands() {
                     let ahead = if runs.follow(band) { band.rows * band.stride } else { 0 };
                     self.reduction.add(isa, &mut block, band, ahead);
@@ -290,7 +292,7 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Kernel for Blocks<'_, E, R,
     }
 }
 
-/// The second half for a range of elements.
+/// The second half for a range of elements, which lie `origin` before their places in the dense tensor.
 ///
 /// # Safety
 /// The elements lie inside the tensors that `map` was made for and the one of `target`, and nothing else accesses those of it
@@ -302,10 +304,11 @@ pub(super) unsafe fn map<M: Map<K>, const K: usize>(
     target: Target<'_, M::Element>,
     params: &[[<M::Element as Element>::Param; K]],
     elements: Range<usize>,
+    origin: usize,
 ) {
     let Planar { plane, channels, .. } = planar;
-    let (index, to) = (elements.start / plane, elements.end);
-    let places = (elements, index % channels, (index + 1) * plane);
+    let (index, to) = (elements.start / plane, elements.end - origin);
+    let places = (elements.start - origin..to, index % channels, (index + 1) * plane - origin);
     // SAFETY: the caller's promise.
     let mut planes = unsafe { Planes::new(map, plane, places, target) };
     dispatch(tier, Write { planes: &mut planes, params, to });

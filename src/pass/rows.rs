@@ -5,7 +5,7 @@ use core::ops::Range;
 
 use super::{BATCH, Close, Reduction, batches};
 use crate::element::Element;
-use crate::grid::Rows;
+use crate::grid::{Rows, Runs};
 use crate::kernel::map::{self, Map, Periodic, Target};
 use crate::kernel::sums::{Columns, RowBlock};
 use crate::moments::MergeWeights;
@@ -15,41 +15,48 @@ use crate::tensor::Disjoint;
 /// Bytes of a row from which on rows are prefetched.
 const AHEAD_ROW: usize = 512;
 
-/// The first half for a range of the blocks of rows, each cut into tiles of columns.
-pub(super) struct Blocks<'a, E: Element, R, const S: usize> {
-    pub(super) rows: Rows,
-    pub(super) items: Range<usize>,
-    pub(super) tiles: usize,
-    pub(super) reduction: &'a R,
-    pub(super) columns: Columns<'a, E::Param>,
-    pub(super) out: Disjoint<'a, f64>,
+/// A tile of a block of rows, as the kernels take it.
+pub(super) fn block<E>(rows: Rows, block: usize, tile: Range<usize>) -> RowBlock {
+    let range = rows.block(block);
+    RowBlock {
+        channels: rows.channels,
+        start: range.start * rows.channels,
+        len: range.len() * rows.channels,
+        period: rows.period(),
+        columns: (tile.start, tile.end),
+        base: 0,
+        prefetches: rows.period() * size_of::<E>() >= AHEAD_ROW,
+    }
 }
 
-impl<E: Element, R: Reduction<E, S>, const S: usize> Kernel for Blocks<'_, E, R, S> {
+/// The runs of a tile, and the tile with its rows one after the other.
+pub(super) fn packed(block: RowBlock) -> (Runs, RowBlock) {
+    let (first, last) = block.columns;
+    if last - first == block.period {
+        let runs = Runs { start: block.start, len: block.len, count: 1, stride: 0 };
+        return (runs, RowBlock { start: 0, prefetches: false, ..block });
+    }
+    let (width, rows) = (last - first, block.len / block.channels);
+    let runs = Runs { start: block.start + first, len: width, count: rows, stride: block.channels };
+    let len = rows * width;
+    let columns = (0, width);
+    (runs, RowBlock { channels: width, start: 0, len, period: width, columns, base: first, prefetches: false })
+}
+
+/// The first half for a tile of a block of rows.
+pub(super) struct Block<'c, 'a, E: Element, R, const S: usize> {
+    pub(super) block: RowBlock,
+    pub(super) reduction: &'c R,
+    pub(super) columns: &'c mut Columns<'a, E::Param>,
+    pub(super) out: [&'c mut [f64]; S],
+}
+
+impl<E: Element, R: Reduction<E, S>, const S: usize> Kernel for Block<'_, '_, E, R, S> {
     type Output = ();
     #[inline(always)]
-    fn run<I: Isa>(mut self, isa: I) {
-        let channels = self.rows.channels;
-        for item in self.items {
-            let (b, tile) = (item / self.tiles, self.rows.tile(item % self.tiles, self.tiles));
-            let rows = self.rows.block(b);
-            let block = RowBlock {
-                channels,
-                start: rows.start * channels,
-                len: rows.len() * channels,
-                period: self.rows.period(),
-                columns: (tile.start, tile.end),
-                prefetches: self.rows.period() * size_of::<E>() >= AHEAD_ROW,
-            };
-            // SAFETY: the block comes from the grid, and no other piece has this tile of it.
-            unsafe {
-                let out = core::array::from_fn(|k| {
-                    let at = (b * S + k) * channels;
-                    self.out.slice(at + tile.start..at + tile.end.min(channels))
-                });
-                self.reduction.rows(isa, block, &mut self.columns, out);
-            }
-        }
+    fn run<I: Isa>(self, isa: I) {
+        // SAFETY: the block comes from the grid.
+        unsafe { self.reduction.rows(isa, self.block, self.columns, self.out) };
     }
 }
 
@@ -103,6 +110,10 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Kernel for Merge<'_, E, R, 
 pub(super) struct Write<'a, E: Element, M, const K: usize> {
     pub(super) rows: Rows,
     pub(super) elements: Range<usize>,
+    /// The column of the first element.
+    pub(super) column: usize,
+    /// Where the arrays of parameters begin.
+    pub(super) lead: usize,
     pub(super) map: M,
     pub(super) target: Target<'a, E>,
     pub(super) coefficients: &'a [E::Param],
@@ -112,9 +123,8 @@ impl<E: Element, M: Map<K, Element = E>, const K: usize> Kernel for Write<'_, E,
     type Output = ();
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let (map, target) = (self.map, self.target);
-        let (period, padded, lead) = (self.rows.period(), self.rows.padded(), target.lead());
-        let column = self.elements.start % period;
+        let Self { map, target, column, lead, .. } = self;
+        let (period, padded) = (self.rows.period(), self.rows.padded());
         let params = Periodic { params: self.coefficients, period, padded, lead, column };
         let at = (self.elements.start, self.elements.len());
         // SAFETY: the rows come from the grid, and no other piece has them.

@@ -1,12 +1,15 @@
 //! Every variant, bit for bit as the reference or plain loops have it, on every element type, layout and tier. One
 //! registry names them; the test prints the table of what was covered.
 
+#[path = "../common/mod.rs"]
 mod common;
+mod views;
 
 use batchnorm::reference;
 use batchnorm::{Activation, Affine, BatchNorm, Cotangents, Element, Error, GradientSums, Gradients, Parallelism};
 use batchnorm::{Population, Real, RenormLimits, Saved, SecondGradients, Shape, Tier};
 use common::{Bits, Data, assert_bits, plan, tiers};
+use views::{blocked, masked, strided};
 
 /// What a check runs on.
 #[derive(Clone, Copy)]
@@ -651,6 +654,9 @@ fn registry() -> Vec<Variant> {
         "activation and residual": activated,
         "backward from the output": from_output,
         "second derivatives": twice,
+        "strided tensors": strided,
+        "blocked channels": blocked,
+        "masks and lengths": masked,
     ]
 }
 
