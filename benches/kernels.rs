@@ -1,6 +1,6 @@
 //! Times of every pass over a table of shapes, for regressions: `cargo bench --bench kernels`.
 
-use batchnorm::{Activation, Affine, BatchNorm, Cotangents, Gradients, Layout, Population, RenormLimits};
+use batchnorm::{Activation, Affine, BatchNorm, Cotangents, Gradients, Layout, Population, Quantization, RenormLimits};
 use batchnorm::{SecondGradients, Shape, View};
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
@@ -43,6 +43,11 @@ fn kernels(criterion: &mut Criterion) {
         });
         group.bench_function(BenchmarkId::from_parameter("inference"), |bench| {
             bench.iter(|| bn.forward_infer(&x, affine, population, &mut out));
+        });
+        let (bytes, mut bytes_out) = (vec![3i8; shape.len()], vec![0i8; shape.len()]);
+        let steps = Quantization { scale: 0.02, zero_point: 3 };
+        group.bench_function(BenchmarkId::from_parameter("inference, quantized"), |bench| {
+            bench.iter(|| bn.forward_infer_quantized(&bytes, steps, affine, population, &mut bytes_out, steps));
         });
         group.bench_function(BenchmarkId::from_parameter("inference in place"), |bench| {
             bench.iter_batched_ref(

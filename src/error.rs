@@ -132,6 +132,15 @@ pub enum Error {
         /// What was expected.
         reason: &'static str,
     },
+    /// The scale of a quantized tensor is zero, negative, infinite or NaN.
+    #[error("the scale of a quantized tensor must be finite and above 0, got {got}")]
+    Quantization {
+        /// The value that was given.
+        got: f64,
+    },
+    /// A residual for quantized inference.
+    #[error("quantized inference takes no residual: it would have a scale of its own")]
+    QuantizedResidual,
     /// Groups that do not divide the channels of a layer.
     #[error("{groups} groups do not divide {channels} channels")]
     Groups {

@@ -35,6 +35,7 @@
 //! | add up the gradients of micro-batches | [`BatchNorm::with_accumulation`] |
 //! | recompute the population's statistics precisely | [`Running::recompute`] |
 //! | do without the layer at inference | [`BatchNorm::fold_into_preceding`], [`BatchNorm::fold_into_following`], [`BatchNorm::scale_and_shift`] |
+//! | infer on 8-bit integers | [`BatchNorm::forward_infer_quantized`] |
 //! | share statistics between shards | [`BatchNorm::moments`], [`Moments::merge`], [`BatchNorm::finish`], [`BatchNorm::normalize`] |
 //! | share gradients between shards | [`BatchNorm::gradient_sums`], [`GradientSums::merge`], [`BatchNorm::input_gradient`] |
 //! | choose the SIMD tier, the threads | [`BatchNorm::with_tier`], [`BatchNorm::with_parallelism`] |
@@ -73,6 +74,7 @@ mod moments;
 mod operation;
 mod pass;
 mod plan;
+mod quantized;
 pub mod reference;
 mod renorm;
 mod running;
@@ -92,6 +94,7 @@ pub use ghost::Ghost;
 pub use grid::Parallelism;
 pub use moments::{GradientSums, Moments, Saved};
 pub use plan::{BatchNorm, Stores};
+pub use quantized::Quantization;
 pub use renorm::RenormLimits;
 pub use running::{Momentum, Population, Running, Variance};
 pub use second::{Cotangents, SecondGradients};

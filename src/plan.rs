@@ -264,11 +264,20 @@ impl<E: Element> BatchNorm<E> {
         Operation::<E>::most(&self.context())
     }
 
+    pub(crate) fn dispatched(&self) -> Dispatched {
+        self.tier
+    }
+
+    /// How many threads share a tensor of so many bytes.
+    pub(crate) fn workers(&self, bytes: usize) -> usize {
+        self.parallelism.workers(bytes)
+    }
+
     fn context(&self) -> Context<'_> {
         let bytes = self.shape.len() * size_of::<E>();
         let channel = (self.shape.count() * size_of::<E>()).max(1);
         let batch = (BATCH_BYTES / channel).clamp(1, BATCH);
-        let workers = self.parallelism.workers(bytes);
+        let workers = self.workers(bytes);
         Context {
             geometry: self.geometry,
             tier: self.tier,

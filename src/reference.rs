@@ -25,6 +25,7 @@ use crate::affine::Affine;
 use crate::element::{Element, Real};
 use crate::grid::{Geometry, Planar, Rows, Runs};
 use crate::moments::{GradientSums, Moments, Saved, inv_std, two_sum};
+use crate::quantized::Quantization;
 use crate::renorm::{Renorm, RenormLimits};
 use crate::running::Population;
 use crate::second::Cotangents;
@@ -559,6 +560,31 @@ fn gradient_of<E: Element>(shape: &Shape, read: &Read<'_, E>, dy: &[E], sums: &[
         E::from_param(centred + xhat * E::Param::from_f64(slope))
     };
     (0..dy.len()).map(value).collect()
+}
+
+/// `y`, as [`BatchNorm::forward_infer_quantized`](crate::BatchNorm::forward_infer_quantized).
+pub fn forward_infer_quantized(
+    shape: &Shape,
+    x: &[i8],
+    of_x: Quantization,
+    affine: Affine<'_, f32>,
+    (population, eps): (Population<'_, f32>, f64),
+    of_y: Quantization,
+) -> Vec<i8> {
+    let value = |(i, &x): (usize, &i8)| {
+        let c = channel_of(shape, i);
+        let gamma = affine.gamma.map_or(1.0, |gamma| f64::from(gamma[c]));
+        let beta = affine.beta.map_or(0.0, |beta| f64::from(beta[c]));
+        let scale = gamma * inv_std(f64::from(population.var[c]), eps);
+        let shift = beta - f64::from(population.mean[c]) * scale;
+        let a = (scale * of_x.scale / of_y.scale) as f32;
+        let b = ((shift - of_x.scale * f64::from(of_x.zero_point) * scale) / of_y.scale) as f32;
+        let line = f32::from(x) * a + b;
+        let rounded = (bend(affine.activation, line, line) + f32::from(of_y.zero_point)).round_ties_even();
+        // Saturates, as conversions do.
+        rounded as i8
+    };
+    x.iter().enumerate().map(value).collect()
 }
 
 /// The gradients with respect to x, dy and gamma, as [`BatchNorm::double_backward`](crate::BatchNorm::double_backward).

@@ -1,6 +1,10 @@
-//! Inference folded into neighbouring layers, against running both; and as plain vectors.
+//! Inference folded into neighbouring layers, against running both; as plain vectors; and on 8-bit integers.
 
-use batchnorm::{Affine, BatchNorm, Error, Layer, Population, Real, Shape};
+mod common;
+
+use batchnorm::reference;
+use batchnorm::{Activation, Affine, BatchNorm, Error, Layer, Parallelism, Population, Quantization, Real, Shape};
+use common::{Data, plan, tiers};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -209,4 +213,78 @@ fn what_does_not_fit_is_refused_and_left_alone() {
     assert_eq!((weight, bias, scale, shift), (case.weight.clone(), case.bias.clone(), [5.0; 4], [6.0; 3]));
     assert_eq!(Layer::linear(4, 6).with_groups(0), Err(Error::Groups { channels: 6, groups: 0 }));
     assert_eq!(Layer::linear(4, 6).with_groups(3), Err(Error::Groups { channels: 4, groups: 3 }));
+}
+
+/// Bit for bit as the reference has it, and within half a step of what f64 says.
+#[test]
+fn quantized_inference_rounds_what_inference_gives() {
+    let shapes = [
+        Shape::nc(37, 19),
+        Shape::nc(3, 300),
+        Shape::nc(70_000, 3),
+        Shape::ncl(5, 3, 41),
+        Shape::nchw(2, 5, 7, 7),
+        Shape::nchw(19, 5, 7, 7),
+        Shape::nchw(1, 2, 300, 300),
+        Shape::nhwc(2, 9, 9, 64),
+        Shape::ncl(4, 1, 9),
+        Shape::ncl(0, 3, 4),
+    ];
+    let (of_x, of_y) = (Quantization { scale: 0.05, zero_point: -7 }, Quantization { scale: 0.03, zero_point: 11 });
+    for (k, shape) in shapes.into_iter().map(Result::unwrap).enumerate() {
+        let c = shape.channels();
+        let fill = |seed| Data::Normal.fill::<f32>(c, seed);
+        let (gamma, beta, mean, var) =
+            (fill(1), fill(2), fill(3), fill(4).into_iter().map(|v| v * v).collect::<Vec<_>>());
+        let x: Vec<i8> = (0..shape.len()).map(|i| (i * i * 31 + i * 7 + k) as i8).collect();
+        let population = Population { mean: &mean, var: &var };
+        for activation in [Activation::None, Activation::Relu, Activation::LeakyRelu(0.3)] {
+            let affine = Affine::new(&gamma, &beta).with_activation(activation);
+            let then = reference::forward_infer_quantized(&shape, &x, of_x, affine, (population, 1e-3), of_y);
+            for tier in tiers() {
+                let bn = plan::<f32>(shape, tier, Parallelism::Threads(3)).with_eps(1e-3).unwrap();
+                let mut y = vec![99; x.len()];
+                bn.forward_infer_quantized(&x, of_x, affine, population, &mut y, of_y).unwrap();
+                assert_eq!(y, then, "{shape:?}, {tier}");
+                let mut y = x.clone();
+                bn.forward_infer_quantized_in_place(&mut y, of_x, affine, population, of_y).unwrap();
+                assert_eq!(y, then, "{shape:?}, {tier}, in place");
+            }
+            let wide: Vec<f64> = x.iter().map(|&q| of_x.scale * (f64::from(q) - f64::from(of_x.zero_point))).collect();
+            let [gamma, beta, mean, var] =
+                [&gamma, &beta, &mean, &var].map(|v| v.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>());
+            let affine = Affine::<f64>::new(&gamma, &beta).with_activation(activation);
+            let exact = reference::forward_infer(&shape, &wide, affine, Population { mean: &mean, var: &var }, 1e-3);
+            for (i, (&q, exact)) in then.iter().zip(exact).enumerate() {
+                let exact = (exact / of_y.scale + f64::from(of_y.zero_point)).clamp(-128.0, 127.0);
+                assert!((f64::from(q) - exact).abs() <= 0.5 + 1e-4, "{shape:?} {i}: {q} for {exact}");
+            }
+        }
+    }
+}
+
+#[test]
+fn quantized_arguments_are_checked() {
+    let bn = BatchNorm::<f32>::new(Shape::nc(2, 2).unwrap()).unwrap();
+    let (x, mut y) = ([1i8; 4], [7i8; 4]);
+    let population = Population { mean: &[0.0; 2], var: &[1.0; 2] };
+    let good = Quantization { scale: 1.0, zero_point: 0 };
+    let mut run = |x: &[i8], of_x, affine: Affine<'_, f32>, len: usize, of_y| {
+        bn.forward_infer_quantized(x, of_x, affine, population, &mut y[..len], of_y)
+    };
+    let length = |what| Err(Error::Length { what, expected: 4, got: 3 });
+    assert_eq!(run(&x[1..], good, Affine::none(), 4, good), length("x"));
+    assert_eq!(run(&x, good, Affine::none(), 3, good), length("y"));
+    for scale in [0.0, -1.0, f64::INFINITY] {
+        let bad = Quantization { scale, zero_point: 0 };
+        assert_eq!(run(&x, bad, Affine::none(), 4, good), Err(Error::Quantization { got: scale }));
+        assert_eq!(run(&x, good, Affine::none(), 4, bad), Err(Error::Quantization { got: scale }));
+    }
+    let residual = [0.0; 4];
+    assert_eq!(run(&x, good, Affine::none().with_residual(&residual), 4, good), Err(Error::QuantizedResidual));
+    assert_eq!(
+        run(&x, good, Affine::scale(&[1.0]), 4, good),
+        Err(Error::Length { what: "gamma", expected: 2, got: 1 })
+    );
+    assert_eq!(y, [7; 4]);
 }
