@@ -112,7 +112,8 @@ impl<'a, E: Element> Upstreams<'a, E> {
         for (i, c) in channels.clone().enumerate() {
             let scale = saved.line(self.affine, c, i).0 * saved.inv_std[i];
             let (slope, dy) = (-scale * (dy_xhat[i] / count), (dy[i] / count, scale));
-            let one = gradient::coefficients(centres.of(i), slope, dy, 0.0);
+            // The zero that adds nothing, not even a sign.
+            let one = gradient::coefficients(centres.of(i), slope, dy, -0.0);
             for (all, one) in all.iter_mut().zip(one) {
                 all[i] = one;
             }

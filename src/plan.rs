@@ -170,8 +170,10 @@ impl<E: Element> BatchNorm<E> {
     /// dense memory, and no pass reads memory once for both its halves.
     ///
     /// # Errors
-    /// [`Error::View`] for views of another shape, or of two orders: blocked tensors are computed as channels last.
+    /// [`Error::View`] for views of another shape, or of two orders: blocked tensors are computed as channels last; and for a plan
+    /// that has views or a mask.
     pub fn with_views(self, x: View, y: View) -> Result<Self> {
+        self.check_dense()?;
         let views = Views::new(&self.shape, x, y)?;
         Ok(self.viewing(views))
     }
@@ -181,8 +183,10 @@ impl<E: Element> BatchNorm<E> {
     /// own.
     ///
     /// # Errors
-    /// [`Error::Length`] for other than `N` lengths; [`Error::View`] for one above the spatial size.
+    /// [`Error::Length`] for other than `N` lengths; [`Error::View`] for one above the spatial size, and for a plan that has views
+    /// or a mask.
     pub fn with_lengths(&self, lengths: &[usize]) -> Result<Self> {
+        self.check_dense()?;
         let spatial = self.shape.spatial();
         check_len("lengths", self.shape.batch(), lengths.len())?;
         if lengths.iter().any(|&length| length > spatial) {
@@ -195,8 +199,9 @@ impl<E: Element> BatchNorm<E> {
     /// The same for a mask: position `s` of sample `n` counts where `mask[n * S + s]`.
     ///
     /// # Errors
-    /// [`Error::Length`] for other than `N * S` entries.
+    /// [`Error::Length`] for other than `N * S` entries; [`Error::View`] for a plan that has views or a mask.
     pub fn with_mask(&self, mask: &[bool]) -> Result<Self> {
+        self.check_dense()?;
         check_len("mask", self.shape.count(), mask.len())?;
         Ok(self.clone().viewing(Views::masked(&self.shape, mask.iter().copied())?))
     }

@@ -555,6 +555,23 @@ fn outputs_that_do_not_tell_the_input_are_refused() {
     assert_eq!(back(Affine::new(&[-3e-4], &[1.0])), Ok(()));
 }
 
+/// Coefficients so small that all products vanish: what is left of dx is a sign.
+#[test]
+fn zeros_keep_their_signs() {
+    let (x, dy) = ([-1.0f32, 1.0, -3.0, 3.0], [-1e-20f32, 1e-20, 1e-20, -1e-20]);
+    for tier in tiers() {
+        let bn = plan::<f32>(Shape::nc(4, 1).unwrap(), tier, Parallelism::Sequential);
+        let (mut dx, mut saved) = ([7.0; 4], bn.saved());
+        bn.forward_train(&x, Affine::none(), &mut dx, &mut saved).unwrap();
+        let affine = Affine::scale(&[1e-42]);
+        bn.backward(&x, &dy, &saved, affine, Gradients { dx: Some(&mut dx), ..Default::default() }).unwrap();
+        let sums = reference::gradient_sums(bn.shape(), &x, &dy, &saved, affine);
+        let then = reference::input_gradient(bn.shape(), &x, &dy, &saved, affine, &sums);
+        assert_eq!(then[0].to_bits(), (-0.0f32).to_bits());
+        assert_bits("dx", &dx, &then);
+    }
+}
+
 /// The formulas in the plainest form, in f64, with both limits reached and not.
 #[test]
 fn renormalization_follows_the_paper() {

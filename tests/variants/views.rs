@@ -295,6 +295,9 @@ fn views_that_do_not_fit_are_refused() {
     let in_place = bn.forward_infer_in_place(&mut x.clone(), Affine::none(), population);
     assert!(matches!(in_place, Err(Error::View { .. })));
     assert!(matches!(bn.clone().ghost(1), Err(Error::View { .. })));
+    assert!(matches!(bn.with_lengths(&[1, 1]), Err(Error::View { .. })));
+    assert!(matches!(bn.with_mask(&[true; 40]), Err(Error::View { .. })));
+    assert!(matches!(bn.clone().with_views(View::dense(&shape), View::dense(&shape)), Err(Error::View { .. })));
     assert_eq!(y, [7.0; 121]);
     bn.forward_infer(&x, Affine::none(), population, &mut y).unwrap();
     assert_eq!((y[119], y[120]), (0.0, 7.0));
