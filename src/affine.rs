@@ -3,7 +3,7 @@
 use core::ops::Range;
 
 use crate::activation::Activation;
-use crate::element::Element;
+use crate::element::{Element, Real};
 #[cfg(doc)]
 use crate::plan::BatchNorm;
 
@@ -81,6 +81,13 @@ impl<'a, E: Element> Affine<'a, E> {
     /// Whether nothing follows scale and offset.
     pub(crate) fn is_last(&self) -> bool {
         self.residual.is_none() && self.activation == Activation::None
+    }
+
+    /// Gamma and beta of a channel.
+    #[inline(always)]
+    pub(crate) fn channel(&self, c: usize) -> (f64, f64) {
+        let gamma = self.gamma.map_or(1.0, |gamma| gamma[c].to_f64());
+        (gamma, self.beta.map_or(0.0, |beta| beta[c].to_f64()))
     }
 
     /// That of a part of the batch.

@@ -5,7 +5,7 @@ use core::ops::Range;
 use crate::activation::{Activation, Bend};
 use crate::affine::Affine;
 use crate::element::{Element, Real};
-use crate::forward::{each, lines};
+use crate::forward::lines;
 use crate::grid::{Band, Runs};
 use crate::kernel::gradient::{self, Gated, Pair, Passed, Upstream};
 use crate::kernel::sums::{Columns, RowBlock, RunSums};
@@ -26,20 +26,6 @@ pub(crate) struct Upstreams<'a, E: Element> {
     pub(crate) count: u64,
     /// Whether `x` is the output, from which the input is rebuilt up to scale and offset.
     pub(crate) is_output: bool,
-}
-
-/// What makes xhat of what is read, `xhat = (x - mean - residue) * inv_std`, of up to [`BATCH`] channels.
-pub(crate) struct Centres<P> {
-    mean: Each<P>,
-    residue: Each<P>,
-    inv_std: Each<P>,
-}
-
-impl<P: Copy> Centres<P> {
-    /// That of the `i`-th channel.
-    pub(crate) fn of(&self, i: usize) -> (P, P, P) {
-        (self.mean[i], self.residue[i], self.inv_std[i])
-    }
 }
 
 impl<'a, E: Element> Upstreams<'a, E> {
@@ -71,29 +57,24 @@ impl<'a, E: Element> Upstreams<'a, E> {
         lines(self.affine, channels.clone(), &self.saved.statistics(channels))
     }
 
-    /// Of the input, or of the output with beta and gamma in the place of mean and standard deviation.
-    pub(crate) fn centres(&self, channels: Range<usize>) -> Centres<E::Param> {
-        let saved = self.saved.statistics(channels.clone());
+    /// A channel's `(mean, residue, inv_std)` of what is read: of the input, or of the output, whose mean and standard deviation
+    /// are beta and gamma. `xhat = (x - mean - residue) * inv_std`.
+    pub(crate) fn centre(&self, c: usize) -> (E::Param, E::Param, E::Param) {
+        let Saved { mean, residue, inv_std, .. } = self.saved;
         if !self.is_output {
-            let inv_std = each(Some(&self.saved.inv_std), channels, E::Param::default());
-            return Centres { mean: saved.mean, residue: saved.residue, inv_std };
+            return (mean[c], residue[c], inv_std[c]);
         }
-        let [mut mean, mut residue, mut inv_std] = [[E::Param::default(); BATCH]; 3];
-        for (i, c) in channels.enumerate() {
-            let (gamma, beta) = saved.line(self.affine, c, i);
-            mean[i] = E::Param::from_f64(beta);
-            residue[i] = E::Param::from_f64(beta - mean[i].to_f64());
-            inv_std[i] = E::Param::from_f64(1.0 / gamma);
-        }
-        Centres { mean, residue, inv_std }
+        let (gamma, beta) = self.saved.statistics(c..c + 1).line(self.affine, c, 0);
+        let rounded = E::Param::from_f64(beta);
+        (rounded, E::Param::from_f64(beta - rounded.to_f64()), E::Param::from_f64(1.0 / gamma))
     }
 
     /// `[sum(dy), sum(dy * xhat)]` from what the kernels left, which took the rounded mean for the mean.
     pub(crate) fn complete(&self, channels: Range<usize>, [dy, dy_xhat]: &[Each<f64>; 2]) -> [Each<f64>; 2] {
-        let Centres { residue, inv_std, .. } = self.centres(channels.clone());
         let mut sums = [*dy, *dy_xhat];
-        for i in 0..channels.len() {
-            let lacking = residue[i].to_f64() * inv_std[i].to_f64();
+        for (i, c) in channels.enumerate() {
+            let (_, residue, inv_std) = self.centre(c);
+            let lacking = residue.to_f64() * inv_std.to_f64();
             sums[1][i] -= lacking * dy[i];
         }
         sums
@@ -106,14 +87,13 @@ impl<'a, E: Element> Upstreams<'a, E> {
         [dy, dy_xhat]: &[Each<f64>; 2],
     ) -> [Each<E::Param>; K] {
         let saved = self.saved.statistics(channels.clone());
-        let centres = self.centres(channels.clone());
         let count = self.count as f64;
         let mut all = [[E::Param::default(); BATCH]; K];
         for (i, c) in channels.clone().enumerate() {
             let scale = saved.line(self.affine, c, i).0 * saved.inv_std[i];
             let (slope, dy) = (-scale * (dy_xhat[i] / count), (dy[i] / count, scale));
             // The zero that adds nothing, not even a sign.
-            let one = gradient::coefficients(centres.of(i), slope, dy, -0.0);
+            let one = gradient::coefficients(self.centre(c), slope, dy, -0.0);
             for (all, one) in all.iter_mut().zip(one) {
                 all[i] = one;
             }
@@ -149,7 +129,7 @@ impl<E: Element, U, const K: usize> GradientSumsOf<'_, E, U, K> {
             params[1] = E::Param::from_f64(1.0);
             return params;
         }
-        let (mean, _, inv_std) = self.from.centres(c..c + 1).of(0);
+        let (mean, _, inv_std) = self.from.centre(c);
         (params[0], params[1]) = (mean, inv_std);
         if K > 2 {
             let [_, scale, shift] = self.from.lines(c..c + 1);

@@ -31,8 +31,7 @@ impl<P> Statistics<P> {
     where
         P: Real,
     {
-        let gamma = affine.gamma.map_or(1.0, |gamma| gamma[c].to_f64());
-        let beta = affine.beta.map_or(0.0, |beta| beta[c].to_f64());
+        let (gamma, beta) = affine.channel(c);
         match &self.corrections {
             Some([r, d]) => (gamma * r[i], beta + gamma * d[i]),
             None => (gamma, beta),

@@ -655,8 +655,7 @@ impl<E: Element> BatchNorm<E> {
 
     /// Scale and shift of a channel at inference.
     pub(crate) fn line(&self, affine: Affine<'_, E>, population: Population<'_, E::Param>, c: usize) -> (f64, f64) {
-        let gamma = affine.gamma.map_or(1.0, |gamma| gamma[c].to_f64());
-        let beta = affine.beta.map_or(0.0, |beta| beta[c].to_f64());
+        let (gamma, beta) = affine.channel(c);
         let scale = gamma * inv_std(population.var[c].to_f64(), self.eps);
         (scale, beta - population.mean[c].to_f64() * scale)
     }

@@ -308,6 +308,16 @@ pub fn affine_gradients<P: Real>(sums: &[GradientSums], saved: &Saved<P>) -> (Ve
     (sums.iter().enumerate().map(dgamma).collect(), sums.iter().map(|sums| P::from_f64(sums.dy)).collect())
 }
 
+/// What takes the place of gamma and beta in a channel.
+fn corrected<E: Element>(affine: Affine<'_, E>, c: usize, renorm: Option<&Renorm<E::Param>>) -> (f64, f64) {
+    let gamma = affine.gamma.map_or(1.0, |gamma| gamma[c].to_f64());
+    let beta = affine.beta.map_or(0.0, |beta| beta[c].to_f64());
+    match renorm {
+        Some(renorm) => (gamma * renorm.r[c].to_f64(), beta + gamma * renorm.d[c].to_f64()),
+        None => (gamma, beta),
+    }
+}
+
 /// A channel's `(hi, scale, shift)`, from its mean, residue and inv_std.
 fn line<E: Element>(
     affine: Affine<'_, E>,
@@ -315,12 +325,7 @@ fn line<E: Element>(
     (mean, residue, inv_std): (E::Param, f64, f64),
     renorm: Option<&Renorm<E::Param>>,
 ) -> (E::Param, E::Param, E::Param) {
-    let mut gamma = affine.gamma.map_or(1.0, |gamma| gamma[c].to_f64());
-    let mut beta = affine.beta.map_or(0.0, |beta| beta[c].to_f64());
-    if let Some(renorm) = renorm {
-        beta += gamma * renorm.d[c].to_f64();
-        gamma *= renorm.r[c].to_f64();
-    }
+    let (gamma, beta) = corrected(affine, c, renorm);
     let scale = gamma * inv_std;
     (mean, E::Param::from_f64_saturating(scale), E::Param::from_f64(beta - residue * scale))
 }
@@ -431,12 +436,7 @@ impl<E: Element> Read<'_, E> {
         if !self.is_output {
             return (self.saved.mean[c], self.saved.residue[c], self.saved.inv_std[c]);
         }
-        let mut gamma = self.affine.gamma.map_or(1.0, |gamma| gamma[c].to_f64());
-        let mut beta = self.affine.beta.map_or(0.0, |beta| beta[c].to_f64());
-        if let Some(renorm) = &self.saved.renorm {
-            beta += gamma * renorm.d[c].to_f64();
-            gamma *= renorm.r[c].to_f64();
-        }
+        let (gamma, beta) = corrected(self.affine, c, self.saved.renorm.as_ref());
         let rounded = E::Param::from_f64(beta);
         (rounded, E::Param::from_f64(beta - rounded.to_f64()), E::Param::from_f64(1.0 / gamma))
     }
@@ -545,8 +545,7 @@ fn gradient_of<E: Element>(shape: &Shape, read: &Read<'_, E>, dy: &[E], sums: &[
     let value = |i: usize| {
         let c = channel_of(shape, i);
         let dy = bend(affine.activation, gates[i], dy[i].to_param());
-        let corrected = saved.renorm.as_ref().map_or(1.0, |renorm| renorm.r[c].to_f64());
-        let scale = affine.gamma.map_or(1.0, |gamma| gamma[c].to_f64()) * corrected * saved.inv_std[c].to_f64();
+        let scale = corrected(affine, c, saved.renorm.as_ref()).0 * saved.inv_std[c].to_f64();
         if saved.frozen {
             return E::from_param(dy * E::Param::from_f64_saturating(scale));
         }
@@ -573,8 +572,7 @@ pub fn forward_infer_quantized(
 ) -> Vec<i8> {
     let value = |(i, &x): (usize, &i8)| {
         let c = channel_of(shape, i);
-        let gamma = affine.gamma.map_or(1.0, |gamma| f64::from(gamma[c]));
-        let beta = affine.beta.map_or(0.0, |beta| f64::from(beta[c]));
+        let (gamma, beta) = corrected(affine, c, None);
         let scale = gamma * inv_std(f64::from(population.var[c]), eps);
         let shift = beta - f64::from(population.mean[c]) * scale;
         let a = (scale * of_x.scale / of_y.scale) as f32;
@@ -616,7 +614,7 @@ pub fn double_backward<E: Element>(
         let w = cotangents.dgamma.map_or(0.0, |w| w[c].to_f64());
         let u = cotangents.dbeta.map_or(0.0, |u| u[c].to_f64());
         let s = saved.inv_std[c].to_f64();
-        let scale = affine.gamma.map_or(1.0, |gamma| gamma[c].to_f64()) * r * s;
+        let scale = corrected(affine, c, saved.renorm.as_ref()).0 * s;
         of_gamma[c] = narrow(r * m * (s * (d - mean_v * a - b * cx)));
 
         let xhat = |i: usize| (x[i].to_param() - saved.mean[c]) * saved.inv_std[c];

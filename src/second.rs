@@ -221,11 +221,10 @@ impl<E: Element> Twice<'_, E> {
 
     /// The coefficients of a map of what is read for xhat and of a gradient, see [`gradient::coefficients`].
     fn each(&self, channels: Range<usize>, of: impl Fn(Channel) -> (f64, (f64, f64), f64)) -> [Each<E::Param>; 6] {
-        let centres = self.from.centres(channels.clone());
         let mut all = [[E::Param::default(); BATCH]; 6];
         for (i, c) in channels.enumerate() {
             let (slope, of_gradient, beside) = of(self.channel(c));
-            let one = gradient::coefficients(centres.of(i), slope, of_gradient, beside);
+            let one = gradient::coefficients(self.from.centre(c), slope, of_gradient, beside);
             for (all, one) in all.iter_mut().zip(one) {
                 all[i] = one;
             }
