@@ -4,6 +4,8 @@ use core::ops::Range;
 
 use crate::activation::Activation;
 use crate::element::{Element, Real};
+use crate::error::{Error, Result};
+use crate::gates::{Recorded, Recording};
 #[cfg(doc)]
 use crate::plan::BatchNorm;
 
@@ -15,7 +17,7 @@ use crate::plan::BatchNorm;
 /// # let (gamma, beta, residual) = ([1f32; 3], [0f32; 3], [0f32; 6]);
 /// let affine = Affine::<f32>::new(&gamma, &beta).with_residual(&residual).with_activation(Activation::Relu);
 /// ```
-#[derive(Debug, PartialEq)]
+#[derive(Debug)]
 #[non_exhaustive]
 pub struct Affine<'a, E: Element> {
     /// The scale; `None` stands for ones.
@@ -29,6 +31,8 @@ pub struct Affine<'a, E: Element> {
     /// The output of the forward pass. From its sign the backward pass sees where the activation bent; without it the
     /// argument of the activation is computed again, from `x`, gamma, beta and the residual. Forward passes ignore it.
     pub output: Option<&'a [E]>,
+    pub(crate) gates: Option<Recorded<'a>>,
+    pub(crate) recording: Option<Recording<'a>>,
 }
 
 impl<E: Element> Clone for Affine<'_, E> {
@@ -57,7 +61,7 @@ impl<'a, E: Element> Affine<'a, E> {
 
     /// Scale and offset, where there are.
     pub fn of(gamma: Option<&'a [E::Param]>, beta: Option<&'a [E::Param]>) -> Self {
-        Self { gamma, beta, residual: None, activation: Activation::None, output: None }
+        Self { gamma, beta, residual: None, activation: Activation::None, output: None, gates: None, recording: None }
     }
 
     /// With a tensor added before the activation.
@@ -78,9 +82,42 @@ impl<'a, E: Element> Affine<'a, E> {
         Self { output: Some(output), ..self }
     }
 
+    /// With [`BatchNorm::gates_len`] bytes into which the forward pass writes one bit per element: whether the argument of the
+    /// activation was positive, or a NaN. Bit `i % 8` of byte `i / 8` is that of element `i`; the bits of the last bytes that
+    /// belong to no element are left alone. Without an activation nothing is written. Backward passes ignore it.
+    ///
+    /// ```
+    /// # use batchnorm::{Activation, Affine, BatchNorm, Gradients, Shape};
+    /// # let (x, dy, mut y, mut dx) = ([1f32; 24], [1f32; 24], [0f32; 24], [0f32; 24]);
+    /// # let (gamma, beta) = ([1f32; 3], [0f32; 3]);
+    /// let bn = BatchNorm::<f32>::new(Shape::nc(8, 3)?)?;
+    /// let affine = Affine::new(&gamma, &beta).with_activation(Activation::Relu);
+    /// let (mut saved, mut gates) = (bn.saved(), vec![0; bn.gates_len()]);
+    /// bn.forward_train(&x, affine.with_gates_to(&mut gates), &mut y, &mut saved)?;
+    /// let gradients = Gradients { dx: Some(&mut dx), ..Default::default() };
+    /// bn.backward(&x, &dy, &saved, affine.with_gates(&gates), gradients)?;
+    /// # Ok::<(), batchnorm::Error>(())
+    /// ```
+    #[must_use]
+    pub fn with_gates_to(self, gates: &'a mut [u8]) -> Self {
+        Self { recording: Some(Recording::over(gates)), ..self }
+    }
+
+    /// With the bits that the forward pass wrote, for the backward pass, which then needs neither the output nor the argument of
+    /// the activation. They count before [`Affine::output`]. Forward passes ignore them.
+    #[must_use]
+    pub fn with_gates(self, gates: &'a [u8]) -> Self {
+        Self { gates: Some(Recorded::new(gates)), ..self }
+    }
+
     /// Whether nothing follows scale and offset.
     pub(crate) fn is_last(&self) -> bool {
         self.residual.is_none() && self.activation == Activation::None
+    }
+
+    /// Where bits are recorded, if there is anything to record.
+    pub(crate) fn recording(&self) -> Option<Recording<'a>> {
+        self.recording.filter(|_| self.activation != Activation::None)
     }
 
     /// Gamma and beta of a channel.
@@ -93,7 +130,14 @@ impl<'a, E: Element> Affine<'a, E> {
     /// That of a part of the batch.
     pub(crate) fn part(self, range: Range<usize>) -> Self {
         let of = |tensor: Option<&'a [E]>| tensor.map(|tensor| &tensor[range.clone()]);
-        Self { residual: of(self.residual), output: of(self.output), ..self }
+        let (gates, recording) = (self.gates, self.recording);
+        Self {
+            residual: of(self.residual),
+            output: of(self.output),
+            gates: gates.map(|gates| gates.part(range.clone())),
+            recording: recording.map(|gates| gates.part(range.clone())),
+            ..self
+        }
     }
 }
 
@@ -120,6 +164,23 @@ pub struct Gradients<'a, E: Element> {
     pub dbeta: Option<&'a mut [E::Param]>,
     /// With respect to the residual, of the input's length: what the activation lets through of `dy`.
     pub dresidual: Option<&'a mut [E]>,
+}
+
+impl<E: Element> Gradients<'_, E> {
+    /// Refuses a dx beside the one that is written over dy.
+    pub(crate) fn check_in_place(&self) -> Result<()> {
+        if self.dx.is_some() { Err(Error::InPlace) } else { Ok(()) }
+    }
+
+    /// Those of a part of the batch.
+    pub(crate) fn part(&mut self, range: Range<usize>) -> Gradients<'_, E> {
+        Gradients {
+            dx: self.dx.as_deref_mut().map(|dx| &mut dx[range.clone()]),
+            dgamma: self.dgamma.as_deref_mut(),
+            dbeta: self.dbeta.as_deref_mut(),
+            dresidual: self.dresidual.as_deref_mut().map(|dresidual| &mut dresidual[range]),
+        }
+    }
 }
 
 impl<E: Element> Default for Gradients<'_, E> {

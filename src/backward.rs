@@ -7,7 +7,7 @@ use crate::affine::Affine;
 use crate::element::{Element, Real};
 use crate::forward::lines;
 use crate::grid::{Band, Runs};
-use crate::kernel::gradient::{self, Gated, Pair, Passed, Upstream};
+use crate::kernel::gradient::{self, Gate, Gated, Pair, Passed, Upstream};
 use crate::kernel::sums::{Columns, RowBlock, RunSums};
 use crate::moments::{MergeWeights, Saved};
 use crate::pass::{BATCH, Each, Reduction};
@@ -31,19 +31,23 @@ pub(crate) struct Upstreams<'a, E: Element> {
 impl<'a, E: Element> Upstreams<'a, E> {
     /// The gradient behind the activation, if there is one.
     pub(crate) fn gated(&self) -> Option<Gated<'a, E>> {
-        let Affine { residual, output, activation, .. } = self.affine;
-        let [output, residual] = [output, residual].map(|tensor| tensor.map(|tensor| Source::new(tensor, Side::Y)));
-        let (output, unbend) =
-            if self.is_output { (Some(self.x), activation.inverse()) } else { (output, Activation::None) };
+        let Affine { residual, output, activation, gates, .. } = self.affine;
+        let source = |tensor| Source::new(tensor, Side::Y);
+        let (gate, unbend) = match (gates, output) {
+            _ if self.is_output => (Gate::Output(self.x), activation.inverse()),
+            (Some(gates), _) => (Gate::Bits(gates), Activation::None),
+            (None, Some(output)) => (Gate::Output(source(output)), Activation::None),
+            (None, None) => (Gate::Argument(residual.map(source)), Activation::None),
+        };
         let (bend, unbend) = (Bend::new(activation), Bend::new(unbend));
-        (activation != Activation::None).then_some(Gated { dy: self.dy, output, residual, bend, unbend })
+        (activation != Activation::None).then_some(Gated { dy: self.dy, gate, bend, unbend })
     }
 
     /// The gradient behind the activation as a tensor of its own, see [`Passed`].
     pub(crate) fn passed(&self, scaled: bool) -> Passed<'a, E> {
         // Without an activation any tensor can be its output; this one is read anyway.
         let none = Bend::new(Activation::None);
-        let whole = || Gated { dy: self.dy, output: Some(self.dy), residual: None, bend: none, unbend: none };
+        let whole = || Gated { dy: self.dy, gate: Gate::Output(self.dy), bend: none, unbend: none };
         Passed { x: self.x, upstream: self.gated().unwrap_or_else(whole), scaled }
     }
 

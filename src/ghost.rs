@@ -154,24 +154,12 @@ impl<E: Element> Ghost<E> {
         dy: &[E],
         saved: &[Saved<E::Param>],
         affine: Affine<'_, E>,
-        gradients: Gradients<'_, E>,
+        mut gradients: Gradients<'_, E>,
     ) -> Result<()> {
-        let Gradients { mut dx, mut dgamma, mut dbeta, mut dresidual } = gradients;
-        for (what, tensor) in [("dx", &dx), ("dresidual", &dresidual)] {
-            tensor.as_ref().map_or(Ok(()), |tensor| check_len(what, self.shape().len(), tensor.len()))?;
-        }
-        self.check([("x", x.len()), ("dy", dy.len())], affine, saved.len())?;
+        self.check_backward([x.len(), dy.len()], saved, affine, &gradients)?;
         for ((bn, part), saved) in self.parts().zip(saved) {
-            bn.check_backward(saved, affine.part(part), dgamma.as_deref(), dbeta.as_deref())?;
-        }
-        for ((bn, part), saved) in self.parts().zip(saved) {
-            let gradients = Gradients {
-                dx: dx.as_deref_mut().map(|dx| &mut dx[part.clone()]),
-                dgamma: dgamma.as_deref_mut(),
-                dbeta: dbeta.as_deref_mut(),
-                dresidual: dresidual.as_deref_mut().map(|dresidual| &mut dresidual[part.clone()]),
-            };
-            bn.backward(&x[part.clone()], &dy[part.clone()], saved, affine.part(part), gradients)?;
+            let (x, dy) = (&x[part.clone()], &dy[part.clone()]);
+            bn.backward(x, dy, saved, affine.part(part.clone()), gradients.part(part))?;
         }
         Ok(())
     }
@@ -179,23 +167,37 @@ impl<E: Element> Ghost<E> {
     /// [`Ghost::backward`] with dx written over `dy`.
     ///
     /// # Errors
-    /// As [`Ghost::backward`].
+    /// As [`Ghost::backward`] and [`BatchNorm::backward_in_place`].
     pub fn backward_in_place(
         &self,
         x: &[E],
         dy: &mut [E],
         saved: &[Saved<E::Param>],
         affine: Affine<'_, E>,
-        mut dgamma: Option<&mut [E::Param]>,
-        mut dbeta: Option<&mut [E::Param]>,
+        mut gradients: Gradients<'_, E>,
     ) -> Result<()> {
-        self.check([("x", x.len()), ("dy", dy.len())], affine, saved.len())?;
+        gradients.check_in_place()?;
+        self.check_backward([x.len(), dy.len()], saved, affine, &gradients)?;
+        for ((bn, part), saved) in self.parts().zip(saved) {
+            let (x, dy) = (&x[part.clone()], &mut dy[part.clone()]);
+            bn.backward_in_place(x, dy, saved, affine.part(part.clone()), gradients.part(part))?;
+        }
+        Ok(())
+    }
+
+    fn check_backward(
+        &self,
+        [x, dy]: [usize; 2],
+        saved: &[Saved<E::Param>],
+        affine: Affine<'_, E>,
+        Gradients { dx, dgamma, dbeta, dresidual }: &Gradients<'_, E>,
+    ) -> Result<()> {
+        for (what, tensor) in [("dx", dx), ("dresidual", dresidual)] {
+            tensor.as_ref().map_or(Ok(()), |tensor| check_len(what, self.shape().len(), tensor.len()))?;
+        }
+        self.check([("x", x), ("dy", dy)], affine, saved.len())?;
         for ((bn, part), saved) in self.parts().zip(saved) {
             bn.check_backward(saved, affine.part(part), dgamma.as_deref(), dbeta.as_deref())?;
-        }
-        for ((bn, part), saved) in self.parts().zip(saved) {
-            let (dgamma, dbeta) = (dgamma.as_deref_mut(), dbeta.as_deref_mut());
-            bn.backward_in_place(&x[part.clone()], &mut dy[part.clone()], saved, affine.part(part), dgamma, dbeta)?;
         }
         Ok(())
     }

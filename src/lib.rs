@@ -67,6 +67,7 @@ mod element;
 mod error;
 mod fold;
 mod forward;
+mod gates;
 mod ghost;
 mod grid;
 mod kernel;

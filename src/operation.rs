@@ -75,7 +75,8 @@ impl<'a, E: Element> NormalizeTo<'a, E> {
     /// The kernel with all that follows scale and offset.
     fn activated(&self) -> Activated<'a, E> {
         let residual = self.affine.residual.map(|residual| Source::new(residual, Side::Y));
-        Activated { normalize: Normalize(self.x), residual, bend: Bend::new(self.affine.activation) }
+        let gates = self.affine.recording();
+        Activated { normalize: Normalize(self.x), residual, bend: Bend::new(self.affine.activation), gates }
     }
 }
 

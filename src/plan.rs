@@ -7,6 +7,7 @@ use crate::affine::{Affine, Gradients};
 use crate::backward::Upstreams;
 use crate::element::{Element, Real};
 use crate::error::{Error, Result, check_len};
+use crate::gates::Recorded;
 use crate::grid::{Geometry, Parallelism, among};
 use crate::kernel::map::Target;
 use crate::moments::{
@@ -260,6 +261,11 @@ impl<E: Element> BatchNorm<E> {
         self.most_scratch().bytes::<E::Param>()
     }
 
+    /// Bytes that [`Affine::with_gates_to`] and [`Affine::with_gates`] take: one bit per element, rounded up, and a few more.
+    pub fn gates_len(&self) -> usize {
+        Recorded::len_for(self.logical().len())
+    }
+
     /// Allocates scratch for `calls` calls at the same time, so that not even the first ones allocate.
     pub fn reserve(&self, calls: usize) {
         self.pool.reserve(calls, self.most_scratch());
@@ -337,6 +343,9 @@ impl<E: Element> BatchNorm<E> {
         for (what, tensor) in [("residual", affine.residual), ("output", affine.output)] {
             tensor.map_or(Ok(()), |tensor| self.check_tensor(Side::Y, what, tensor))?;
         }
+        let elements = self.logical().len();
+        affine.gates.map_or(Ok(()), |gates| gates.check(elements))?;
+        affine.recording.map_or(Ok(()), |gates| gates.check(elements))?;
         affine.activation.check()
     }
 
@@ -470,7 +479,8 @@ impl<E: Element> BatchNorm<E> {
     }
 
     fn normalize_to<'a>(&self, io: InOut<'a, E>, affine: Affine<'a, E>, large: usize) -> NormalizeTo<'a, E> {
-        let y = Target { to: io.to, streaming: self.streams(io.is_in_place(), large) };
+        let first_bit = affine.recording().map(|gates| gates.first());
+        let y = Target::new(io.to, self.streams(io.is_in_place(), large)).with_bits(first_bit);
         NormalizeTo { x: io.from, affine, y }
     }
 
@@ -524,19 +534,18 @@ impl<E: Element> BatchNorm<E> {
     /// [`BatchNorm::backward`] with dx written over `dy`.
     ///
     /// # Errors
-    /// As [`BatchNorm::backward`].
+    /// As [`BatchNorm::backward`]; [`Error::InPlace`] if `gradients` asks for dx elsewhere.
     pub fn backward_in_place(
         &self,
         x: &[E],
         dy: &mut [E],
         saved: &Saved<E::Param>,
         affine: Affine<'_, E>,
-        dgamma: Option<&mut [E::Param]>,
-        dbeta: Option<&mut [E::Param]>,
+        gradients: Gradients<'_, E>,
     ) -> Result<()> {
+        gradients.check_in_place()?;
         self.check_in_place(Side::Y, "dy", dy)?;
         let dx = InOut::in_place(dy);
-        let gradients = Gradients { dgamma, dbeta, ..Default::default() };
         self.differentiate(x, dx.from, Some(dx), saved, affine, gradients)
     }
 
@@ -589,7 +598,7 @@ impl<E: Element> BatchNorm<E> {
         let (dgamma, dbeta) = (dgamma.map(Disjoint::new), dbeta.map(Disjoint::new));
         let out = AffineGradientsTo { accumulates: self.accumulates, renorm: saved.renorm.as_ref(), dgamma, dbeta };
         let streaming = self.streams(dx.is_some_and(|dx| dx.is_in_place()), LARGE);
-        let target = |to| Target { to, streaming };
+        let target = |to| Target::new(to, streaming);
         let (dx, dresidual) =
             (dx.map(|dx| target(dx.to)), dresidual.map(|tensor| target(Disjoint::tensor(tensor, Side::Y))));
         self.execute(Operation::Backward { from, dx, dresidual, out });
@@ -803,7 +812,7 @@ impl<E: Element> BatchNorm<E> {
         self.check_saved(saved)?;
         self.check_rebuild(affine, saved)?;
         let from = self.upstreams(x, io.from, saved, affine, saved.count);
-        let dx = Target { to: io.to, streaming: self.streams(io.is_in_place(), LARGE_ALONE) };
+        let dx = Target::new(io.to, self.streams(io.is_in_place(), LARGE_ALONE));
         self.execute(Operation::InputGradient { from, dx, sums });
         Ok(())
     }

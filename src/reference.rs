@@ -371,14 +371,30 @@ fn affine_map<E: Element>(
     x.iter().enumerate().map(value).collect()
 }
 
-/// The sign that the activation saw at each element, by the output if it is given.
-fn gates<E: Element>(shape: &Shape, x: &[E], saved: &Saved<E::Param>, affine: Affine<'_, E>) -> Vec<E::Param> {
+/// The sign that the activation saw at each element, by its bit or by the output if they are given.
+fn signs<E: Element>(shape: &Shape, x: &[E], saved: &Saved<E::Param>, affine: Affine<'_, E>) -> Vec<E::Param> {
     let lines: Vec<_> = (0..shape.channels()).map(|c| line_of(affine, c, saved)).collect();
-    let gate = |(i, &x): (usize, &E)| match affine.output {
-        Some(output) => output[i].to_param(),
-        None => argument(affine, lines[channel_of(shape, i)], x, i),
+    let gate = |(i, &x): (usize, &E)| match (affine.gates, affine.output) {
+        (Some(gates), _) => gates.sign(i),
+        (None, Some(output)) => output[i].to_param(),
+        (None, None) => argument(affine, lines[channel_of(shape, i)], x, i),
     };
     x.iter().enumerate().map(gate).collect()
+}
+
+/// The bits that [`Affine::with_gates_to`] asks for, written to `gates`.
+pub fn record_gates<E: Element>(
+    shape: &Shape,
+    x: &[E],
+    affine: Affine<'_, E>,
+    saved: &Saved<E::Param>,
+    gates: &mut [u8],
+) {
+    let argument = Affine { gates: None, output: None, ..affine };
+    for (i, value) in signs(shape, x, saved, argument).into_iter().enumerate() {
+        let is_closed = value <= E::Param::default();
+        gates[i / 8] = gates[i / 8] & !(1 << (i % 8)) | u8::from(!is_closed) << (i % 8);
+    }
 }
 
 /// The gradient of the residual, as [`BatchNorm::backward`](crate::BatchNorm::backward): what the activation lets through
@@ -391,7 +407,7 @@ pub fn residual_gradient<E: Element>(
     affine: Affine<'_, E>,
 ) -> Vec<E> {
     let pass = |(gate, dy): (E::Param, &E)| E::from_param(bend(affine.activation, gate, dy.to_param()));
-    gates(shape, x, saved, affine).into_iter().zip(dy).map(pass).collect()
+    signs(shape, x, saved, affine).into_iter().zip(dy).map(pass).collect()
 }
 
 /// `y`, as [`BatchNorm::normalize`](crate::BatchNorm::normalize).
@@ -441,9 +457,10 @@ impl<E: Element> Read<'_, E> {
         (rounded, E::Param::from_f64(beta - rounded.to_f64()), E::Param::from_f64(1.0 / gamma))
     }
 
-    fn gates(&self, shape: &Shape) -> Vec<E::Param> {
-        let affine = if self.is_output { self.affine.with_output(self.x) } else { self.affine };
-        gates(shape, self.x, self.saved, affine)
+    fn signs(&self, shape: &Shape) -> Vec<E::Param> {
+        let of_output = Affine { gates: None, output: Some(self.x), ..self.affine };
+        let affine = if self.is_output { of_output } else { self.affine };
+        signs(shape, self.x, self.saved, affine)
     }
 }
 
@@ -485,15 +502,15 @@ fn sums_of<E: Element>(shape: &Shape, read: &Read<'_, E>, dy: &[E]) -> Vec<Gradi
     let activation = read.affine.activation;
     let mut total: Vec<Option<(f64, f64)>> = vec![None; shape.channels()];
     let mut add = |c: usize, sums| total[c] = Some(total[c].map_or(sums, |total| plus(total, sums)));
-    let gates = read.gates(shape);
+    let signs = read.signs(shape);
     let narrow = |i: usize| {
         let (mean, _, inv_std) = read.centre(channel_of(shape, i));
-        let dy = bend(activation, gates[i], dy[i].to_param());
+        let dy = bend(activation, signs[i], dy[i].to_param());
         (dy, dy * ((read.value(i) - mean) * inv_std))
     };
     let wide = |i: usize| {
         let (mean, _, inv_std) = read.centre(channel_of(shape, i));
-        let dy = bend(activation, gates[i], dy[i].to_param().to_f64());
+        let dy = bend(activation, signs[i], dy[i].to_param().to_f64());
         (dy, dy * ((read.value(i).to_f64() - mean.to_f64()) * inv_std.to_f64()))
     };
     let is_sound = |sums: (f64, f64)| sums.0.is_finite() && sums.1.is_finite();
@@ -541,10 +558,10 @@ pub fn input_gradient<E: Element>(
 fn gradient_of<E: Element>(shape: &Shape, read: &Read<'_, E>, dy: &[E], sums: &[GradientSums]) -> Vec<E> {
     let Read { saved, affine, .. } = *read;
     let count = saved.count as f64;
-    let gates = read.gates(shape);
+    let signs = read.signs(shape);
     let value = |i: usize| {
         let c = channel_of(shape, i);
-        let dy = bend(affine.activation, gates[i], dy[i].to_param());
+        let dy = bend(affine.activation, signs[i], dy[i].to_param());
         let scale = corrected(affine, c, saved.renorm.as_ref()).0 * saved.inv_std[c].to_f64();
         if saved.frozen {
             return E::from_param(dy * E::Param::from_f64_saturating(scale));

@@ -106,7 +106,7 @@ impl<E: Element> BatchNorm<E> {
         if affine.activation != Activation::None {
             return Err(Error::SecondDerivative);
         }
-        let to = |tensor, side| Target { to: Disjoint::tensor(tensor, side), streaming: false };
+        let to = |tensor, side| Target::new(Disjoint::tensor(tensor, side), false);
         let from = self.upstreams(x, Source::new(dy, Side::Y), saved, affine, self.count());
         let mut means = vec![[0.0; 5]; self.shape().channels()];
         self.execute(Operation::Twice(Twice {
@@ -192,7 +192,7 @@ impl<E: Element> Twice<'_, E> {
                 let pair = Pair { x: from.x, upstream: from.dy };
                 context.apply::<_, _, 6>(pair, &|channels| self.wrt_x(channels), to, scratch);
                 let (normalize, bend) = (Normalize(of.dy), Bend::new(Activation::None));
-                let rest = Activated { normalize, residual: Some(to.to.source()), bend };
+                let rest = Activated { normalize, residual: Some(to.to.source()), bend, gates: None };
                 context.apply(rest, &|channels| self.rest_wrt_x(channels), to, scratch);
             }
             if let Some(to) = self.gamma {

@@ -8,6 +8,7 @@ use core::ops::Range;
 
 use crate::element::Element;
 use crate::error::{Error, Result, check_len};
+use crate::gates::Recorded;
 use crate::grid::Runs;
 use crate::shape::{Layout, Shape};
 use crate::tensor::{Disjoint, Side, Source};
@@ -413,6 +414,21 @@ impl<'v, 'b, E: Element> Pack<'v, 'b, E> {
         let (taken, rest) = room.split_at_mut(self.runs.size().next_multiple_of(LINE));
         self.room = rest;
         &mut taken[..self.runs.size()]
+    }
+
+    /// The first element of the first run.
+    pub(crate) fn start(&self) -> usize {
+        self.runs.start
+    }
+
+    /// A one for each element whose bit is set, zeros for the others.
+    pub(crate) fn unfold(&mut self, gates: Recorded<'_>) -> *const E {
+        let unfolded = self.take();
+        let elements = self.runs.starts().flat_map(|start| start..start + self.runs.len);
+        for (to, at) in unfolded.iter_mut().zip(elements) {
+            *to = E::from_param(gates.sign(at));
+        }
+        unfolded.as_ptr()
     }
 
     /// The elements of a tensor, one run after the other.

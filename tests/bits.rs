@@ -168,7 +168,14 @@ fn check_tier<E: Bits>(
     assert_bits(&name("dgamma alone"), &dgamma, &expected.dgamma);
 
     let (mut dx, mut dbeta) = (copy(dy), params());
-    bn.backward_in_place(x.get(), dx.get_mut(), &saved, affine, None, Some(&mut dbeta)).unwrap();
+    bn.backward_in_place(
+        x.get(),
+        dx.get_mut(),
+        &saved,
+        affine,
+        Gradients { dbeta: Some(&mut dbeta), ..Default::default() },
+    )
+    .unwrap();
     assert_bits(&name("dx in place"), dx.get(), &expected.dx);
     assert_bits(&name("dbeta in place"), &dbeta, &expected.dbeta);
 

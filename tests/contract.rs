@@ -154,7 +154,8 @@ fn calls<E: Element>() -> Vec<Call<E>> {
             "backward_in_place",
             |bn, a| {
                 let (dgamma, dbeta) = (Some(&mut a.dgamma[..]), Some(&mut a.dbeta[..]));
-                bn.backward_in_place(&a.x, &mut a.dy, &a.saved, Affine::scale(&a.gamma), dgamma, dbeta)
+                let gradients = Gradients { dgamma, dbeta, ..Default::default() };
+                bn.backward_in_place(&a.x, &mut a.dy, &a.saved, Affine::scale(&a.gamma), gradients)
             },
             &["x", "dy", "saved", "gamma", "dgamma", "dbeta"],
             true,

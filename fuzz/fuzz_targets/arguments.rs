@@ -388,14 +388,9 @@ fn check_backward<E: Tested>(case: &Case<E>, input: &Input<'_>) {
     judge("backward", result, allowed && (!asks_dx || dx_fits), untouched);
 
     let (mut dx, mut out_gamma, mut out_beta) = (dy.clone(), dgamma.clone(), dbeta.clone());
-    let result = bn.backward_in_place(
-        x,
-        &mut dx,
-        saved,
-        Affine::of(gamma, None),
-        out_gamma.as_deref_mut(),
-        out_beta.as_deref_mut(),
-    );
+    let gradients =
+        Gradients { dgamma: out_gamma.as_deref_mut(), dbeta: out_beta.as_deref_mut(), ..Default::default() };
+    let result = bn.backward_in_place(x, &mut dx, saved, Affine::of(gamma, None), gradients);
     let untouched = same_bits(&dx, dy) && same(&out_gamma, &dgamma) && same(&out_beta, &dbeta);
     judge("backward_in_place", result, allowed, untouched);
 

@@ -100,14 +100,13 @@ fn check_plan<E: Tested>(bn: &BatchNorm<E>, case: &Case<'_, E>) {
         check_gradients("backward", bn, case, result, &out_dx, [&out_dgamma, &out_dbeta]);
 
         let (mut out_dx, (mut out_dgamma, mut out_dbeta)) = (Some(case.setting.placed(dy)), outputs());
-        let result = bn.backward_in_place(
-            x,
-            out_dx.as_mut().map(Placed::get_mut).unwrap(),
-            saved,
-            Affine::of(gamma, None),
-            out_dgamma.as_mut().map(Placed::get_mut),
-            out_dbeta.as_mut().map(Placed::get_mut),
-        );
+        let gradients = Gradients {
+            dgamma: out_dgamma.as_mut().map(Placed::get_mut),
+            dbeta: out_dbeta.as_mut().map(Placed::get_mut),
+            ..Default::default()
+        };
+        let dy = out_dx.as_mut().map(Placed::get_mut).unwrap();
+        let result = bn.backward_in_place(x, dy, saved, Affine::of(gamma, None), gradients);
         check_gradients("backward_in_place", bn, case, result, &out_dx, [&out_dgamma, &out_dbeta]);
     }
 }

@@ -81,14 +81,20 @@ impl<E: Tested> Case<'_, E> {
 
     fn bent(&self, bn: &BatchNorm<E>) {
         let (mut y, mut saved) = (self.blank(), bn.saved());
-        match bn.forward_train(self.x, self.affine, &mut y, &mut saved) {
+        let mut gates = vec![0; bn.gates_len()];
+        match bn.forward_train(self.x, self.affine.with_gates_to(&mut gates), &mut y, &mut saved) {
             Err(Error::Slope { .. }) => return assert!(y.iter().all(|&y| y.bits() == E::sentinel().bits())),
             other => other.unwrap(),
         }
         let then = self.saved(bn);
         assert_saved("saved", bn.tier(), &saved, &then);
         assert_bits("y", bn.tier(), &y, &reference::normalize(&self.shape, self.x, self.affine, &then));
-        for affine in [self.affine, self.affine.with_output(&y)] {
+        let mut gates_then = vec![0; gates.len()];
+        if self.affine.activation != Activation::None {
+            reference::record_gates(&self.shape, self.x, self.affine, &then, &mut gates_then);
+        }
+        assert_eq!(gates, gates_then, "gates, {}", bn.tier());
+        for affine in [self.affine, self.affine.with_output(&y), self.affine.with_gates(&gates)] {
             let (mut dx, mut dresidual) = (self.blank(), self.blank());
             let gradients = Gradients { dx: Some(&mut dx), dresidual: Some(&mut dresidual), ..Default::default() };
             bn.backward(self.x, self.dy, &saved, affine, gradients).unwrap();

@@ -11,6 +11,7 @@ use super::map::Map;
 use super::sums::{self, Columns, RowBlock, RunSums, Terms};
 use crate::activation::Bend;
 use crate::element::{Element, Real};
+use crate::gates::Recorded;
 use crate::grid::Runs;
 use crate::simd::{Compute, Isa, Vector};
 use crate::tensor::Source;
@@ -87,24 +88,46 @@ impl<E: Element> Upstream<E> for Source<'_, E> {
     }
 }
 
-/// `dy` where the activation's argument was positive, bent elsewhere. The sign is that of the output, if it is given, or of the
-/// argument computed again.
+/// Where the sign that the activation saw comes from.
+#[derive(Clone, Copy)]
+pub(crate) enum Gate<'a, E> {
+    /// The argument, computed again, with what was added to it.
+    Argument(Option<Source<'a, E>>),
+    /// The output, or anything of its sign.
+    Output(Source<'a, E>),
+    /// Bits that the forward pass recorded.
+    Bits(Recorded<'a>),
+}
+
+/// `dy` where the activation's argument was positive, bent elsewhere.
 #[derive(Clone, Copy)]
 pub(crate) struct Gated<'a, E: Element> {
     pub(crate) dy: Source<'a, E>,
-    pub(crate) output: Option<Source<'a, E>>,
-    pub(crate) residual: Option<Source<'a, E>>,
+    pub(crate) gate: Gate<'a, E>,
     pub(crate) bend: Bend<E::Param>,
     /// What the input is rebuilt with.
     pub(crate) unbend: Bend<E::Param>,
 }
 
+impl<E: Element> Gated<'_, E> {
+    /// Whether the input is read to see the sign.
+    fn recomputes(&self) -> bool {
+        matches!(self.gate, Gate::Argument(_))
+    }
+}
+
 impl<E: Element> Packs<E> for Gated<'_, E> {
     unsafe fn packed(self, pack: &mut Pack<'_, '_, E>) -> Self {
         // SAFETY: the caller's promise, for all.
-        let mut packed = |tensor| unsafe { pack.pack(tensor) };
-        let dy = packed(self.dy);
-        Self { dy, output: self.output.map(&mut packed), residual: self.residual.map(&mut packed), ..self }
+        unsafe {
+            let dy = pack.pack(self.dy);
+            let gate = match self.gate {
+                Gate::Argument(residual) => Gate::Argument(residual.map(|residual| pack.pack(residual))),
+                Gate::Output(output) => Gate::Output(pack.pack(output)),
+                Gate::Bits(gates) => Gate::Output(self.dy.moved_to(pack.unfold(gates))),
+            };
+            Self { dy, gate, ..self }
+        }
     }
 }
 
@@ -131,10 +154,13 @@ impl<E: Element> Upstream<E> for Gated<'_, E> {
         // SAFETY: the caller's promise, for all.
         unsafe {
             let dy = self.dy.load::<I, FULL>(isa, at, n);
-            let gate = match (self.output, self.residual) {
-                (Some(output), _) => output.load::<I, FULL>(isa, at, n),
-                (None, None) => centred.mul(scale).add(shift),
-                (None, Some(residual)) => centred.mul(scale).add(shift).add(residual.load::<I, FULL>(isa, at, n)),
+            let gate = match self.gate {
+                Gate::Argument(None) => centred.mul(scale).add(shift),
+                Gate::Argument(Some(residual)) => {
+                    centred.mul(scale).add(shift).add(residual.load::<I, FULL>(isa, at, n))
+                }
+                Gate::Output(output) => output.load::<I, FULL>(isa, at, n),
+                Gate::Bits(gates) => Compute::<I, E>::of_bits(isa, gates.bits(at)),
             };
             self.bend.apply(isa, gate, dy)
         }
@@ -144,19 +170,22 @@ impl<E: Element> Upstream<E> for Gated<'_, E> {
     unsafe fn wide(&self, centred: E::Param, [scale, shift]: [E::Param; 2], at: usize) -> f64 {
         // SAFETY: the caller's promise.
         let value = |of: Source<'_, E>| unsafe { of.get(at) };
-        let argument = || centred * scale + shift;
-        let gate = match (self.output, self.residual) {
-            (Some(output), _) => value(output),
-            (None, None) => argument(),
-            (None, Some(residual)) => argument() + value(residual),
+        let gate = match self.gate {
+            Gate::Argument(None) => centred * scale + shift,
+            Gate::Argument(Some(residual)) => centred * scale + shift + value(residual),
+            Gate::Output(output) => value(output),
+            Gate::Bits(gates) => gates.sign(at),
         };
         self.bend.scalar(gate, value(self.dy).to_f64())
     }
 
     #[inline(always)]
     fn prefetch<I: Isa>(&self, isa: I, at: usize) {
-        for source in [Some(self.dy), self.output, self.residual].into_iter().flatten() {
-            source.prefetch(isa, at);
+        self.dy.prefetch(isa, at);
+        match self.gate {
+            Gate::Argument(None) => (),
+            Gate::Argument(Some(source)) | Gate::Output(source) => source.prefetch(isa, at),
+            Gate::Bits(gates) => isa.prefetch(gates.address(at)),
         }
     }
 }
@@ -174,7 +203,7 @@ impl<E: Element> Packs<E> for Passed<'_, E> {
     unsafe fn packed(self, pack: &mut Pack<'_, '_, E>) -> Self {
         // SAFETY: the caller's promise, for both.
         unsafe {
-            let x = if self.upstream.output.is_some() { self.x } else { pack.pack(self.x) };
+            let x = if self.upstream.recomputes() { pack.pack(self.x) } else { self.x };
             Self { x, upstream: self.upstream.packed(pack), ..self }
         }
     }
@@ -193,8 +222,7 @@ impl<E: Element> Map<3> for Passed<'_, E> {
     ) -> Compute<I, E> {
         // SAFETY: the caller's promise, for both.
         unsafe {
-            // The argument need not be computed again if the output is there.
-            let x = if self.upstream.output.is_some() { *hi } else { self.x.load::<I, FULL>(isa, at, n) };
+            let x = if self.upstream.recomputes() { self.x.load::<I, FULL>(isa, at, n) } else { *hi };
             let dy = self.upstream.at::<I, FULL>(isa, x.sub(*hi), [*scale, *shift], at, n);
             if self.scaled { dy.mul(*scale) } else { dy }
         }
@@ -202,7 +230,7 @@ impl<E: Element> Map<3> for Passed<'_, E> {
 
     #[inline(always)]
     fn prefetch<I: Isa>(&self, isa: I, at: usize) {
-        if self.upstream.output.is_none() {
+        if self.upstream.recomputes() {
             self.x.prefetch(isa, at);
         }
         self.upstream.prefetch(isa, at);

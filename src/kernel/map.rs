@@ -35,6 +35,35 @@ pub(crate) trait Map<const K: usize>: Packs<Self::Element> + Sync {
         n: usize,
     ) -> Compute<I, Self::Element>;
 
+    /// What is stored for the elements from `at`, of their values. Only here has a vector of several planes all its values.
+    #[inline(always)]
+    fn finish<I: Isa, const FULL: bool>(
+        &self,
+        _: I,
+        value: Compute<I, Self::Element>,
+        _at: usize,
+        _n: usize,
+    ) -> Compute<I, Self::Element> {
+        value
+    }
+
+    /// [`Map::at`] for elements of one plane or of rows, finished.
+    ///
+    /// # Safety
+    /// As [`Map::at`].
+    #[inline(always)]
+    unsafe fn finished<I: Isa, const FULL: bool>(
+        &self,
+        isa: I,
+        params: &[Compute<I, Self::Element>; K],
+        at: usize,
+        n: usize,
+    ) -> Compute<I, Self::Element> {
+        // SAFETY: the caller's promise.
+        let value = unsafe { self.at::<I, FULL>(isa, params, at, n) };
+        self.finish::<I, FULL>(isa, value, at, n)
+    }
+
     /// Asks the caches for the elements around `at`, which may lie anywhere.
     fn prefetch<I: Isa>(&self, isa: I, at: usize);
 }
@@ -45,11 +74,25 @@ pub(crate) struct Target<'a, E> {
     pub(crate) to: Disjoint<'a, E>,
     /// Past the caches; never in place.
     pub(crate) streaming: bool,
+    /// Where each element has a bit: that of the first one. Vectors then begin where bytes of bits do, whatever the address.
+    pub(crate) first_bit: Option<usize>,
 }
 
-impl<E: Element> Target<'_, E> {
+impl<'a, E: Element> Target<'a, E> {
     /// Lanes of a logical vector.
     const LANES: usize = MAX_LANES * size_of::<f32>() / size_of::<E::Param>();
+
+    /// With no bits.
+    pub(crate) fn new(to: Disjoint<'a, E>, streaming: bool) -> Self {
+        Self { to, streaming, first_bit: None }
+    }
+
+    /// With a bit for each element, if `first_bit` is that of the first.
+    pub(crate) fn with_bits(self, first_bit: Option<usize>) -> Self {
+        let with_bits = Self { first_bit, ..self };
+        let aligned = with_bits.unaligned(0, Self::LANES) == self.unaligned(0, Self::LANES);
+        Self { streaming: self.streaming && aligned, ..with_bits }
+    }
 
     /// Elements before the first aligned vector.
     pub(crate) fn head(&self) -> usize {
@@ -74,10 +117,13 @@ impl<E: Element> Target<'_, E> {
         }
     }
 
-    /// How many elements from `at` come before the first one at a multiple of a stored vector of `lanes`; none where no
-    /// element is.
+    /// How many elements from `at` come before the first one that begins a vector of `lanes`: at a multiple of its stored size,
+    /// or of its bits; none where no element does.
     #[inline(always)]
     fn unaligned(&self, at: usize, lanes: usize) -> Option<usize> {
+        if let Some(first) = self.first_bit {
+            return Some((first + at).wrapping_neg() % lanes);
+        }
         let address = self.to.as_ptr().wrapping_add(at) as usize;
         let bytes = address.wrapping_neg() % (lanes * size_of::<E>());
         bytes.is_multiple_of(size_of::<E>()).then_some(bytes / size_of::<E>())
@@ -228,7 +274,7 @@ impl<'a, M: Map<K>, const K: usize> Planes<'a, M, K> {
             }
             // SAFETY: the caller's promise.
             unsafe {
-                let value = self.map.at::<I, true>(isa, &vectors, at, Self::LANES);
+                let value = self.map.finished::<I, true>(isa, &vectors, at, Self::LANES);
                 self.target.store::<I, STREAM>(isa, value, at);
             }
             at += Self::LANES;
@@ -258,6 +304,7 @@ impl<'a, M: Map<K>, const K: usize> Planes<'a, M, K> {
             let next = unsafe { self.map.at::<I, FULL>(isa, &self.splat(isa, params), at, n) };
             value = value.first(done, next);
         }
+        let value = self.map.finish::<I, FULL>(isa, value, at, n);
         // SAFETY: as above.
         unsafe {
             if FULL {
@@ -320,7 +367,7 @@ unsafe fn rows<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
         let to = target.to.as_ptr().add(start);
         let head = target.unaligned(start, lanes).unwrap_or(0).min(len);
         if head > 0 {
-            let value = map.at::<I, false>(isa, &params.get(isa), start, head);
+            let value = map.finished::<I, false>(isa, &params.get(isa), start, head);
             M::Element::store_first(isa, value, to, head);
             params.pass(head);
         }
@@ -339,7 +386,7 @@ unsafe fn rows<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
                         let at = start + i + row * period + c;
                         // Strips are too short for the CPU to foresee the next.
                         map.prefetch(isa, at + 2 * period);
-                        let value = map.at::<I, true>(isa, &params.get(isa), at, lanes);
+                        let value = map.finished::<I, true>(isa, &params.get(isa), at, lanes);
                         target.store::<I, STREAM>(isa, value, at);
                         params.pass(lanes);
                     }
@@ -351,13 +398,13 @@ unsafe fn rows<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
             if STREAM {
                 map.prefetch(isa, start + i + AHEAD / size_of::<M::Element>());
             }
-            let value = map.at::<I, true>(isa, &params.get(isa), start + i, lanes);
+            let value = map.finished::<I, true>(isa, &params.get(isa), start + i, lanes);
             target.store::<I, STREAM>(isa, value, start + i);
             params.pass(lanes);
             i += lanes;
         }
         if i < len {
-            let value = map.at::<I, false>(isa, &params.get(isa), start + i, len - i);
+            let value = map.finished::<I, false>(isa, &params.get(isa), start + i, len - i);
             M::Element::store_first(isa, value, to.add(i), len - i);
         }
     }

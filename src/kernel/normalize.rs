@@ -6,6 +6,7 @@
 use super::map::Map;
 use crate::activation::Bend;
 use crate::element::{Element, Real};
+use crate::gates::Recording;
 use crate::simd::{Compute, Isa, Vector};
 use crate::tensor::Source;
 use crate::view::{Pack, Packs};
@@ -56,6 +57,8 @@ pub(crate) struct Activated<'a, E: Element> {
     pub(crate) normalize: Normalize<'a, E>,
     pub(crate) residual: Option<Source<'a, E>>,
     pub(crate) bend: Bend<E::Param>,
+    /// Where it bends, to be recorded.
+    pub(crate) gates: Option<Recording<'a>>,
 }
 
 impl<E: Element> Packs<E> for Activated<'_, E> {
@@ -63,7 +66,8 @@ impl<E: Element> Packs<E> for Activated<'_, E> {
         // SAFETY: the caller's promise, for both.
         unsafe {
             let residual = self.residual.map(|residual| pack.pack(residual));
-            Self { normalize: self.normalize.packed(pack), residual, ..self }
+            let gates = self.gates.map(|gates| gates.shifted(pack.start()));
+            Self { normalize: self.normalize.packed(pack), residual, gates, ..self }
         }
     }
 }
@@ -84,6 +88,14 @@ impl<E: Element> Map<3> for Activated<'_, E> {
         if let Some(residual) = self.residual {
             // SAFETY: the caller's promise.
             value = value.add(unsafe { residual.load::<I, FULL>(isa, at, n) });
+        }
+        value
+    }
+
+    #[inline(always)]
+    fn finish<I: Isa, const FULL: bool>(&self, isa: I, value: Compute<I, E>, at: usize, n: usize) -> Compute<I, E> {
+        if let Some(gates) = self.gates {
+            gates.record::<FULL>(value.positive(), at, n);
         }
         self.bend.apply(isa, value, value)
     }

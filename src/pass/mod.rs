@@ -212,7 +212,8 @@ impl<'v> Context<'v> {
         // SAFETY: the caller's promise.
         let packed = unsafe { map.packed(&mut pack) };
         let out = pack.take();
-        write(packed, Target { to: Disjoint::new(out), streaming: false });
+        let first_bit = target.first_bit.map(|bit| bit + elements.start);
+        write(packed, Target { to: Disjoint::new(out), streaming: false, first_bit });
         // SAFETY: the caller's promise.
         unsafe { views.unpack(out, elements, target.to) };
     }

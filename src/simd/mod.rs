@@ -130,6 +130,10 @@ pub trait Vector<I: Isa>: Copy {
     unsafe fn store_first(self, to: *mut Self::Scalar, n: usize);
     /// The first `n < LANES` lanes of this, the others of `rest`.
     fn first(self, n: usize, rest: Self) -> Self;
+    /// A bit for each lane, the first one lowest: whether it is positive or a NaN.
+    fn positive(self) -> u32;
+    /// One in the lanes whose bits are set, zero elsewhere.
+    fn of_bits(isa: I, bits: u32) -> Self;
     /// The lanes of this where `gate` is positive or a NaN, of `bent` elsewhere.
     fn unless_positive(self, gate: Self, bent: Self) -> Self;
     /// Lane-wise sum.

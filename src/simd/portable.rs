@@ -115,6 +115,14 @@ macro_rules! wide_vector {
                 Self::new(lanes)
             }
             #[inline(always)]
+            fn positive(self) -> u32 {
+                !self.simd_le(Self::ZERO).to_bitmask() & ((1 << $lanes) - 1)
+            }
+            #[inline(always)]
+            fn of_bits(_: Portable, bits: u32) -> Self {
+                Self::new(core::array::from_fn(|lane| if bits >> lane & 1 == 1 { 1.0 } else { 0.0 }))
+            }
+            #[inline(always)]
             fn unless_positive(self, gate: Self, bent: Self) -> Self {
                 gate.simd_le(Self::ZERO).select(bent, self)
             }

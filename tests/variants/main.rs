@@ -7,7 +7,7 @@ mod views;
 
 use batchnorm::reference;
 use batchnorm::{Activation, Affine, BatchNorm, Cotangents, Element, Error, GradientSums, Gradients, Parallelism};
-use batchnorm::{Population, Real, RenormLimits, Saved, SecondGradients, Shape, Tier};
+use batchnorm::{Population, Real, RenormLimits, Saved, SecondGradients, Shape, Stores, Tier};
 use common::{Bits, Data, assert_bits, plan, tiers};
 use views::{blocked, masked, strided};
 
@@ -119,7 +119,7 @@ where
     bn.backward(&args.x, &args.dy, &saved, args.affine(), alone).unwrap();
     assert_bits("dx alone", &dx, &expected);
     let mut dx = args.dy.clone();
-    bn.backward_in_place(&args.x, &mut dx, &saved, args.affine(), None, None).unwrap();
+    bn.backward_in_place(&args.x, &mut dx, &saved, args.affine(), Gradients::default()).unwrap();
     assert_bits("dx in place", &dx, &expected);
     let mut dx = args.blank();
     bn.input_gradient(&args.x, &args.dy, &saved, args.affine(), &sums, &mut dx).unwrap();
@@ -241,7 +241,8 @@ where
         ghost.forward_train_in_place(&mut in_place, args.affine(), &mut saved).unwrap();
         assert_bits("y in place", &in_place, &y);
         let (mut in_place, mut dgamma) = (args.dy.clone(), args.params(9.0));
-        ghost.backward_in_place(&args.x, &mut in_place, &saved, args.affine(), Some(&mut dgamma), None).unwrap();
+        let gradients = Gradients { dgamma: Some(&mut dgamma), ..Default::default() };
+        ghost.backward_in_place(&args.x, &mut in_place, &saved, args.affine(), gradients).unwrap();
         assert_bits("dx in place", &in_place, &dx);
         assert_bits("dgamma in place", &dgamma, &dgamma_then);
     }
@@ -326,6 +327,86 @@ where
     }
 }
 
+/// One bit per element for the activation: wherever the output lies, in place, and stored past the caches.
+fn gated<E: Bits>(cell: Cell)
+where
+    E::Param: Bits,
+{
+    let (args, cached) = (Args::<E>::new(&cell.shape), cell.plan::<E>());
+    let shape = &cell.shape;
+    let residual = Data::Normal.fill::<E>(shape.len(), 8);
+    let of_batch: Saved<E::Param> = reference::finish(&reference::moments(shape, &args.x), EPS);
+    let mut constants = cached.saved();
+    cached.freeze(args.population(), &mut constants).unwrap();
+    let blank = vec![0xa5; cached.gates_len()];
+    for affine in [args.affine(), args.affine().with_residual(&residual)] {
+        let affine = affine.with_activation(Activation::LeakyRelu(0.3));
+        let (y_then, mut then) = (reference::normalize(shape, &args.x, affine, &of_batch), blank.clone());
+        reference::record_gates(shape, &args.x, affine, &of_batch, &mut then);
+        let mut saved = cached.saved();
+        for bn in [cached.clone().with_stores(Stores::Streaming), cached.clone()] {
+            for first in [0, 1, 8] {
+                let (mut y, mut gates) = (vec![E::default(); first + shape.len()], blank.clone());
+                bn.forward_train(&args.x, affine.with_gates_to(&mut gates), &mut y[first..], &mut saved).unwrap();
+                assert_bits("y", &y[first..], &y_then);
+                assert_eq!(gates, then, "gates from {first}");
+                gates.copy_from_slice(&blank);
+                bn.normalize(&args.x, affine.with_gates_to(&mut gates), &saved, &mut y[first..]).unwrap();
+                assert_eq!(gates, then, "gates in halves");
+                y[first..].copy_from_slice(&args.x);
+                gates.copy_from_slice(&blank);
+                let to = affine.with_gates_to(&mut gates);
+                bn.forward_train_in_place(&mut y[first..], to, &mut saved).unwrap();
+                assert_bits("y in place", &y[first..], &y_then);
+                assert_eq!(gates, then, "gates in place");
+            }
+        }
+        let of_bits = reference::gradient_sums(shape, &args.x, &args.dy, &saved, affine.with_gates(&then));
+        assert_eq!(of_bits, reference::gradient_sums(shape, &args.x, &args.dy, &saved, affine));
+        // Bits that no forward pass would give tell whether they alone are seen.
+        let others: Vec<u8> = then.iter().enumerate().map(|(i, bits)| bits ^ (i * 73) as u8).collect();
+        for gates in [&then, &others] {
+            for saved in [&saved, &constants] {
+                back(&cached, &args, saved, affine.with_gates(gates));
+            }
+        }
+        let ghost = cached.clone().ghost(2).unwrap();
+        let (mut saved, mut gates) = (ghost.saved(), blank.clone());
+        let mut y = args.blank();
+        ghost.forward_train(&args.x, affine.with_gates_to(&mut gates), &mut y, &mut saved).unwrap();
+        let [with, without] = [affine.with_gates(&gates), affine].map(|affine| {
+            let (mut dx, mut dgamma) = (args.blank(), args.params(0.0));
+            let gradients = Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), ..Default::default() };
+            ghost.backward(&args.x, &args.dy, &saved, affine, gradients).unwrap();
+            (dx, dgamma)
+        });
+        assert_bits("dx of virtual batches", &with.0, &without.0);
+        assert_bits("dgamma of virtual batches", &with.1, &without.1);
+    }
+}
+
+#[test]
+fn gates_are_checked_and_spare_bits_left_alone() {
+    let bn = BatchNorm::<f32>::new(Shape::nc(3, 1).unwrap()).unwrap();
+    let (x, mut y, mut saved) = ([1.0, f32::NAN, -1.0], [7.0; 3], bn.saved());
+    let relu = Affine::none().with_activation(Activation::Relu);
+    let expected = bn.gates_len();
+    let length = |got| Err(Error::Length { what: "gates", expected, got });
+    let mut gates = vec![0xff; expected + 1];
+    assert_eq!(bn.forward_train(&x, relu.with_gates_to(&mut gates), &mut y, &mut saved), length(expected + 1));
+    assert_eq!((y, &gates[..]), ([7.0; 3], &vec![0xff; expected + 1][..]));
+    bn.freeze(Population { mean: &[0.0], var: &[1.0] }, &mut saved).unwrap();
+    let backward = |gates, gradients| bn.backward(&x, &x, &saved, relu.with_gates(gates), gradients);
+    assert_eq!(backward(&gates[2..], Gradients::default()), length(expected - 1));
+    bn.normalize(&x, relu.with_gates_to(&mut gates[..expected]), &saved, &mut y).unwrap();
+    assert_eq!(gates[0], 0b1111_1011);
+    bn.normalize(&x, Affine::none().with_gates_to(&mut gates[1..]), &saved, &mut y).unwrap();
+    assert!(gates[1..].iter().all(|&bits| bits == 0xff), "nothing bends, so nothing is recorded");
+    let mut other = [7.0; 3];
+    let gradients = Gradients { dx: Some(&mut other), ..Default::default() };
+    assert_eq!(bn.backward_in_place(&x, &mut y, &saved, relu, gradients), Err(Error::InPlace));
+}
+
 /// The backward passes against the reference.
 fn back<E: Bits>(bn: &BatchNorm<E>, args: &Args<E>, saved: &Saved<E::Param>, affine: Affine<'_, E>)
 where
@@ -350,8 +431,11 @@ where
     assert_bits("dbeta", &dbeta, &dbeta_then);
     assert_bits("dresidual", &dresidual, &dresidual_then);
     let (mut dx, mut dresidual, mut dbeta) = (dy.clone(), args.blank(), args.params(0.0));
-    bn.backward_in_place(x, &mut dx, saved, affine, None, Some(&mut dbeta)).unwrap();
+    let beside = Gradients { dbeta: Some(&mut dbeta), dresidual: Some(&mut dresidual), ..Default::default() };
+    bn.backward_in_place(x, &mut dx, saved, affine, beside).unwrap();
     assert_bits("dx in place", &dx, &dx_then);
+    assert_bits("dresidual in place", &dresidual, &dresidual_then);
+    dresidual.fill(E::default());
     assert_bits("dbeta in place", &dbeta, &dbeta_then);
     let alone = Gradients { dresidual: Some(&mut dresidual), ..Default::default() };
     bn.backward(x, dy, saved, affine, alone).unwrap();
@@ -442,7 +526,7 @@ where
             assert_bits("dgamma", &dgamma, &dgamma_then);
             assert_bits("dbeta", &dbeta, &dbeta_then);
             let mut dx = dy.clone();
-            bn.backward_in_place(&y, &mut dx, &saved, affine, None, None).unwrap();
+            bn.backward_in_place(&y, &mut dx, &saved, affine, Gradients::default()).unwrap();
             assert_bits("dx in place", &dx, &dx_then);
             let mut halves = vec![GradientSums::default(); args.gamma.len()];
             bn.gradient_sums(&y, dy, &saved, affine, &mut halves).unwrap();
@@ -669,6 +753,7 @@ fn registry() -> Vec<Variant> {
         "Batch Renormalization": renormalized,
         "virtual batches (ghost)": ghost,
         "activation and residual": activated,
+        "bits of activations": gated,
         "backward from the output": from_output,
         "second derivatives": twice,
         "strided tensors": strided,

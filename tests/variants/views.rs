@@ -69,11 +69,16 @@ where
         assert_eq!(saved_there, saved);
         y_at.assert("y", &y_there, &y);
         let kept = y_there.clone();
+        let bits = || vec![0xa5; dense.gates_len()];
+        let (mut gates, mut gates_there) = (bits(), bits());
+        dense.forward_train(&x, here.with_gates_to(&mut gates), &mut y, &mut saved).unwrap();
+        bn.forward_train(&x_there, there.with_gates_to(&mut gates_there), &mut y_there, &mut saved_there).unwrap();
+        assert_eq!(gates_there, gates);
         dense.forward_infer(&x, here, population, &mut y).unwrap();
         bn.forward_infer(&x_there, there, population, &mut y_there).unwrap();
         y_at.assert("inferred", &y_there, &y);
 
-        for there in [there, there.with_output(&kept)] {
+        for there in [there, there.with_output(&kept), there.with_gates(&gates)] {
             let (mut dx, mut dgamma, mut dbeta, mut dz) = (blank(), zeros(), zeros(), blank());
             let (mut dx_there, mut dgamma_there, mut dbeta_there) = (x_at.blank(), zeros(), zeros());
             let mut dz_there = y_at.blank();
@@ -130,8 +135,8 @@ where
     dense.forward_train_in_place(&mut y, Affine::none(), &mut saved).unwrap();
     bn.forward_train_in_place(&mut y_there, Affine::none(), &mut saved).unwrap();
     at.assert("y in place", &y_there, &y);
-    dense.backward_in_place(&x, &mut dx, &saved, Affine::none(), None, None).unwrap();
-    bn.backward_in_place(&x_there, &mut dx_there, &saved, Affine::none(), None, None).unwrap();
+    dense.backward_in_place(&x, &mut dx, &saved, Affine::none(), Gradients::default()).unwrap();
+    bn.backward_in_place(&x_there, &mut dx_there, &saved, Affine::none(), Gradients::default()).unwrap();
     at.assert("dx in place", &dx_there, &dx);
 }
 

@@ -183,6 +183,25 @@ impl Vector<Avx2> for F32 {
         Self([blend(0), blend(1)])
     }
     #[inline(always)]
+    fn positive(self) -> u32 {
+        // SAFETY: `self` proves AVX2.
+        let bits = |i: usize| unsafe {
+            _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_NLE_UQ>(self.0[i], _mm256_setzero_ps())) as u32
+        };
+        bits(0) | bits(1) << 8
+    }
+    #[inline(always)]
+    fn of_bits(_: Avx2, bits: u32) -> Self {
+        // SAFETY: the argument proves AVX2.
+        let lanes = |bits: u32| unsafe {
+            let of_lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+            let set = _mm256_and_si256(_mm256_set1_epi32(bits as i32), of_lane);
+            let open = _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, of_lane));
+            _mm256_and_ps(open, _mm256_set1_ps(1.0))
+        };
+        Self([lanes(bits), lanes(bits >> 8)])
+    }
+    #[inline(always)]
     fn unless_positive(self, gate: Self, bent: Self) -> Self {
         // SAFETY: `self` proves AVX2.
         let lanes = |i: usize| unsafe {
@@ -293,6 +312,25 @@ impl Vector<Avx2> for F64 {
         // SAFETY: `self` proves AVX2.
         let blend = |i: usize| unsafe { _mm256_blendv_pd(rest.0[i], self.0[i], _mm256_castsi256_pd(masks[i])) };
         Self([blend(0), blend(1)])
+    }
+    #[inline(always)]
+    fn positive(self) -> u32 {
+        // SAFETY: `self` proves AVX2.
+        let bits = |i: usize| unsafe {
+            _mm256_movemask_pd(_mm256_cmp_pd::<_CMP_NLE_UQ>(self.0[i], _mm256_setzero_pd())) as u32
+        };
+        bits(0) | bits(1) << 4
+    }
+    #[inline(always)]
+    fn of_bits(_: Avx2, bits: u32) -> Self {
+        // SAFETY: the argument proves AVX2.
+        let lanes = |bits: u32| unsafe {
+            let of_lane = _mm256_setr_epi64x(1, 2, 4, 8);
+            let set = _mm256_and_si256(_mm256_set1_epi64x(bits as i64), of_lane);
+            let open = _mm256_castsi256_pd(_mm256_cmpeq_epi64(set, of_lane));
+            _mm256_and_pd(open, _mm256_set1_pd(1.0))
+        };
+        Self([lanes(bits), lanes(bits >> 4)])
     }
     #[inline(always)]
     fn unless_positive(self, gate: Self, bent: Self) -> Self {

@@ -161,6 +161,16 @@ impl Vector<Avx512> for F32 {
         unsafe { Self(_mm512_mask_mov_ps(rest.0, (1 << n) - 1, self.0)) }
     }
     #[inline(always)]
+    fn positive(self) -> u32 {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { _mm512_cmp_ps_mask::<_CMP_NLE_UQ>(self.0, _mm512_setzero_ps()).into() }
+    }
+    #[inline(always)]
+    fn of_bits(_: Avx512, bits: u32) -> Self {
+        // SAFETY: the argument proves AVX-512.
+        unsafe { Self(_mm512_maskz_mov_ps(bits as __mmask16, _mm512_set1_ps(1.0))) }
+    }
+    #[inline(always)]
     fn unless_positive(self, gate: Self, bent: Self) -> Self {
         // SAFETY: `self` proves AVX-512.
         unsafe {
@@ -255,6 +265,16 @@ impl Vector<Avx512> for F64 {
     fn first(self, n: usize, rest: Self) -> Self {
         // SAFETY: `self` proves AVX-512.
         unsafe { Self(_mm512_mask_mov_pd(rest.0, (1 << n) - 1, self.0)) }
+    }
+    #[inline(always)]
+    fn positive(self) -> u32 {
+        // SAFETY: `self` proves AVX-512.
+        unsafe { _mm512_cmp_pd_mask::<_CMP_NLE_UQ>(self.0, _mm512_setzero_pd()).into() }
+    }
+    #[inline(always)]
+    fn of_bits(_: Avx512, bits: u32) -> Self {
+        // SAFETY: the argument proves AVX-512.
+        unsafe { Self(_mm512_maskz_mov_pd(bits as __mmask8, _mm512_set1_pd(1.0))) }
     }
     #[inline(always)]
     fn unless_positive(self, gate: Self, bent: Self) -> Self {
