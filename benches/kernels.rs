@@ -63,6 +63,14 @@ fn kernels(criterion: &mut Criterion) {
         group.bench_function(BenchmarkId::from_parameter("forward, residual and ReLU"), |bench| {
             bench.iter(|| bn.forward_train(&x, fused, &mut out, &mut saved));
         });
+        let mut gates = vec![0; bn.gates_len()];
+        group.bench_function(BenchmarkId::from_parameter("forward, residual, ReLU and its bits"), |bench| {
+            bench.iter(|| bn.forward_train(&x, fused.with_gates_to(&mut gates), &mut out, &mut saved));
+        });
+        group.bench_function(BenchmarkId::from_parameter("backward, ReLU by its bits"), |bench| {
+            let fused = fused.with_gates(&gates);
+            bench.iter(|| bn.backward(&x, &dy, &saved, fused, all(&mut out, &mut dgamma, &mut dbeta)));
+        });
         let output = out.clone();
         let fused = fused.with_output(&output);
         group.bench_function(BenchmarkId::from_parameter("backward, ReLU"), |bench| {

@@ -1,13 +1,14 @@
 //! Each pass beside its yardstick: plain stream kernels that move the least bytes that the pass can move, with the
 //! same threads in the same run. Prints a table and writes roofline.json into the target directory.
 //!
-//! `cargo bench --bench roofline` runs all shapes, `-- --quick` a few of them in under a minute.
+//! `cargo bench --bench roofline` runs all shapes, `-- --quick` a few of them in under a minute, `-- --fused` the passes with an
+//! activation and a residual.
 
 mod stream;
 
 use std::time::Instant;
 
-use batchnorm::{Affine, BatchNorm, Element, Gradients, Layout, Population, Real, Shape};
+use batchnorm::{Activation, Affine, BatchNorm, Element, Gradients, Layout, Population, Real, Shape};
 use clap::Parser;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -23,7 +24,10 @@ struct Args {
     /// Only shapes whose name contains this, such as 64x56x56
     #[arg(long)]
     shape: Option<String>,
-    /// Only this pass: forward, inference or backward
+    /// The passes with an activation and a residual instead of the plain ones; to fused.json
+    #[arg(long)]
+    fused: bool,
+    /// Only this pass, such as forward, inference or backward
     #[arg(long)]
     pass: Option<String>,
     /// Only this layout, such as NCHW
@@ -113,12 +117,14 @@ struct ShapeRecord {
 }
 
 const PASSES: [&str; 3] = ["forward", "inference", "backward"];
+/// With ReLU: alone, behind a residual, with its bits recorded; and back with its sign computed again, or from the bits.
+const FUSED: [&str; 5] = ["forward act", "forward res act", "forward act bits", "backward act", "backward bits"];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args = Args::parse();
     let mut lines = Vec::new();
     println!(
-        "{:<10} {:<6} {:<16} {:<5} {:>7} {:>11} {:>11} {:>6}",
+        "{:<16} {:<6} {:<16} {:<5} {:>7} {:>11} {:>11} {:>6}",
         "pass", "layout", "shape", "dtype", "threads", "kernel us", "stream us", "ratio"
     );
     let all = num_cpus::get_physical();
@@ -152,7 +158,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
     }
     let means = summary(&lines);
-    stream::save("roofline.json", &lines)?;
+    stream::save(if args.fused { "fused.json" } else { "roofline.json" }, &lines)?;
     // Noise is allowed for, up to as much again as the goal.
     match means.into_iter().find(|mean| args.check && mean.ratio > 2.0 * goal(mean.pass)) {
         Some(Mean { pass, ratio, .. }) => Err(format!("{pass}: {ratio:.2} is over twice {}", goal(pass)).into()),
@@ -164,8 +170,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 fn goal(pass: &str) -> f64 {
     match pass {
         "inference" => 1.05,
-        "forward" => 1.12,
-        _ => 1.15,
+        "backward" | "backward act" | "backward bits" => 1.15,
+        _ => 1.12,
     }
 }
 
@@ -177,7 +183,7 @@ struct Mean {
 
 /// The geometric mean and the worst ratio of each pass, group of layouts, type and number of threads.
 fn summary(lines: &[Line]) -> Vec<Mean> {
-    println!("\n{:<10} {:<8} {:<5} {:>7} {:>9} {:>6}", "pass", "layouts", "dtype", "threads", "geo mean", "worst");
+    println!("\n{:<16} {:<8} {:<5} {:>7} {:>9} {:>6}", "pass", "layouts", "dtype", "threads", "geo mean", "worst");
     let group =
         |l: &Line| (l.pass, if ["NHWC", "NC"].contains(&l.layout) { "NHWC, NC" } else { "NCHW" }, l.dtype, l.threads);
     let mut groups: Vec<_> = lines.iter().map(group).collect();
@@ -187,7 +193,7 @@ fn summary(lines: &[Line]) -> Vec<Mean> {
         let ratios: Vec<f64> = lines.iter().filter(|l| group(l) == *g).map(|l| l.ratio).collect();
         let ratio = (ratios.iter().map(|r| r.ln()).sum::<f64>() / ratios.len() as f64).exp();
         let worst = ratios.iter().fold(0.0, |a: f64, &b| a.max(b));
-        println!("{:<10} {:<8} {:<5} {:>7} {ratio:>9.2} {worst:>6.2}", g.0, g.1, g.2, g.3);
+        println!("{:<16} {:<8} {:<5} {:>7} {ratio:>9.2} {worst:>6.2}", g.0, g.1, g.2, g.3);
         Mean { pass: g.0, ratio }
     };
     groups.iter().map(mean).collect()
@@ -211,41 +217,50 @@ fn run<E: Element>(
     let ones = vec![E::Param::from_f64(1.5); shape.channels()];
     let zeros = vec![E::Param::from_f64(0.5); shape.channels()];
     let (mut dgamma, mut dbeta) = (ones.clone(), ones.clone());
+    let affine = Affine::new(&ones, &zeros);
+    let relu = affine.with_activation(Activation::Relu);
     let bn = BatchNorm::<E>::new(shape)?;
     let mut saved = bn.saved();
-    bn.forward_train(&x, Affine::new(&ones, &zeros), &mut out, &mut saved)?;
+    let mut gates = vec![0; bn.gates_len()];
+    bn.forward_train(&x, relu.with_gates_to(&mut gates), &mut out, &mut saved)?;
     for &threads in threads {
         if args.threads.is_some_and(|only| only != threads) {
             continue;
         }
         let pool = stream::pool(threads)?;
-        for pass in PASSES {
+        for &pass in if args.fused { &FUSED[..] } else { &PASSES[..] } {
             if args.pass.as_ref().is_some_and(|only| only != pass) {
                 continue;
             }
             let rows_in_training = shape.layout() == Layout::ChannelsLast && pass != "inference";
-            let two = pass == "backward";
+            let backward = pass.starts_with("backward");
+            let two = backward || pass == "forward res act";
             let yardstick = |out: &mut [E], store| {
                 let (a, b) = (stream::bytes(&x), two.then(|| stream::bytes(&dy)));
                 if rows_in_training {
-                    stream::read(threads, a, b);
+                    stream::read(threads, a, b.filter(|_| backward));
                 }
                 stream::write(threads, a, b, stream::bytes_mut(out), store);
             };
             let mut kernel = |out: &mut [E]| match pass {
-                "forward" => bn.forward_train(&x, Affine::new(&ones, &zeros), out, &mut saved),
-                "inference" => {
-                    let population = Population { mean: &zeros, var: &ones };
-                    bn.forward_infer(&x, Affine::new(&ones, &zeros), population, out)
-                }
+                "inference" => bn.forward_infer(&x, affine, Population { mean: &zeros, var: &ones }, out),
+                "forward" => bn.forward_train(&x, affine, out, &mut saved),
+                "forward act" => bn.forward_train(&x, relu, out, &mut saved),
+                "forward res act" => bn.forward_train(&x, relu.with_residual(&dy), out, &mut saved),
+                "forward act bits" => bn.forward_train(&x, relu.with_gates_to(&mut gates), out, &mut saved),
                 _ => {
+                    let affine = match pass {
+                        "backward act" => relu,
+                        "backward bits" => relu.with_gates(&gates),
+                        _ => affine,
+                    };
                     let gradients = Gradients {
                         dx: Some(out),
                         dgamma: Some(&mut dgamma),
                         dbeta: Some(&mut dbeta),
                         ..Default::default()
                     };
-                    bn.backward(&x, &dy, &saved, Affine::scale(&ones), gradients)
+                    bn.backward(&x, &dy, &saved, affine, gradients)
                 }
             };
             let turns = args.turns.unwrap_or(if args.quick { 15 } else { 31 });
@@ -271,7 +286,7 @@ fn run<E: Element>(
             });
             let ratio = kernel_us / stream_us;
             println!(
-                "{pass:<10} {:<6} {:<16} {dtype:<5} {threads:>7} {kernel_us:>11.1} {stream_us:>11.1} {ratio:>6.2}",
+                "{pass:<16} {:<6} {:<16} {dtype:<5} {threads:>7} {kernel_us:>11.1} {stream_us:>11.1} {ratio:>6.2}",
                 row.layout,
                 row.name(),
             );

@@ -28,6 +28,7 @@
 //! | normalize virtual batches by themselves | [`BatchNorm::ghost`] |
 //! | correct small batches towards the population | [`Saved::renormalize`] |
 //! | add a residual, apply an activation | [`Affine::with_residual`], [`Affine::with_activation`] |
+//! | keep one bit per element for the activation's gradient | [`Affine::with_gates_to`], [`Affine::with_gates`] |
 //! | leave padding out | [`BatchNorm::with_lengths`], [`BatchNorm::with_mask`] |
 //! | use a slice of a larger tensor, or blocked channels | [`View`], [`BatchNorm::with_views`] |
 //! | give up the input, go back from the output | [`BatchNorm::with_backward_from_output`] |
