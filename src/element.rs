@@ -9,9 +9,7 @@ use crate::simd::{Lanes, Storage};
 /// A type that tensors are stored in: `f32`, `f64` and, with the feature `half`, `half::bf16` and `half::f16`.
 ///
 /// Sealed: the kernels know each of them.
-pub trait Element:
-    Copy + Default + Debug + PartialEq + Send + Sync + Storage<Compute = <Self as Element>::Param> + Execute + 'static
-{
+pub trait Element: Debug + PartialEq + Storage<Compute = <Self as Element>::Param> + Execute {
     /// The type of parameters, statistics and all arithmetic: `f64` for `f64`, otherwise `f32`.
     type Param: Real;
     /// Bits of the significand, the hidden one included.

@@ -9,16 +9,16 @@ use crate::element::{Element, Real};
 use crate::error::{Error, Result, check_len};
 use crate::gates::Recorded;
 use crate::grid::{Geometry, Parallelism, among};
-use crate::kernel::map::Target;
+use crate::kernel::map::{Map, Target};
 use crate::moments::{
     AffineGradientsTo, GradientSums, Keep, Moments, MomentsTo, Saved, SumsTo, check_eps, common_count, inv_std,
 };
 use crate::operation::{Job, NormalizeTo, Operation, Origin};
-use crate::pass::{BATCH, Context};
+use crate::pass::{BATCH, Context, Given};
 use crate::running::{Momentum, Population, Running, Variance, check_variances};
 use crate::scratch::{Need, Pool};
 use crate::shape::Shape;
-use crate::simd::{Dispatched, Tier};
+use crate::simd::{Dispatched, Storage, Tier};
 use crate::tensor::{Disjoint, InOut, Side, Source};
 use crate::view::{View, Views};
 
@@ -275,20 +275,16 @@ impl<E: Element> BatchNorm<E> {
         Operation::<E>::most(&self.context())
     }
 
-    pub(crate) fn dispatched(&self) -> Dispatched {
-        self.tier
-    }
-
-    /// How many threads share a tensor of so many bytes.
-    pub(crate) fn workers(&self, bytes: usize) -> usize {
-        self.parallelism.workers(bytes)
-    }
-
     fn context(&self) -> Context<'_> {
-        let bytes = self.shape.len() * size_of::<E>();
-        let channel = (self.shape.count() * size_of::<E>()).max(1);
+        self.context_of::<E>()
+    }
+
+    /// For tensors of `T`.
+    fn context_of<T>(&self) -> Context<'_> {
+        let bytes = self.shape.len() * size_of::<T>();
+        let channel = (self.shape.count() * size_of::<T>()).max(1);
         let batch = (BATCH_BYTES / channel).clamp(1, BATCH);
-        let workers = self.workers(bytes);
+        let workers = self.parallelism.workers(bytes);
         Context {
             geometry: self.geometry,
             tier: self.tier,
@@ -300,17 +296,17 @@ impl<E: Element> BatchNorm<E> {
     }
 
     /// Whether a pass stores past the caches. In place the lines are at hand anyway.
-    fn streams(&self, in_place: bool, large: usize) -> bool {
+    fn streams<T>(&self, in_place: bool, large: usize) -> bool {
         !in_place
             && self.views.is_none()
             && match self.stores {
                 Stores::Cached => false,
                 Stores::Streaming => true,
-                Stores::Auto => self.shape.len() * size_of::<E>() >= large,
+                Stores::Auto => self.shape.len() * size_of::<T>() >= large,
             }
     }
 
-    pub(crate) fn check_tensor(&self, side: Side, what: &'static str, got: &[E]) -> Result<()> {
+    pub(crate) fn check_tensor<T>(&self, side: Side, what: &'static str, got: &[T]) -> Result<()> {
         match &self.views {
             Some(views) => views.check(side, what, got.len()),
             None => check_len(what, self.shape.len(), got.len()),
@@ -318,7 +314,7 @@ impl<E: Element> BatchNorm<E> {
     }
 
     /// A tensor that is written over another.
-    fn check_in_place(&self, side: Side, what: &'static str, got: &[E]) -> Result<()> {
+    pub(crate) fn check_in_place<T>(&self, side: Side, what: &'static str, got: &[T]) -> Result<()> {
         self.check_tensor(side, what, got)?;
         self.views.as_ref().map_or(Ok(()), |views| views.check_in_place())
     }
@@ -480,19 +476,15 @@ impl<E: Element> BatchNorm<E> {
 
     fn normalize_to<'a>(&self, io: InOut<'a, E>, affine: Affine<'a, E>, large: usize) -> NormalizeTo<'a, E> {
         let first_bit = affine.recording().map(|gates| gates.first());
-        let y = Target::new(io.to, self.streams(io.is_in_place(), large)).with_bits(first_bit);
+        let y = Target::new(io.to, self.streams::<E>(io.is_in_place(), large)).with_bits(first_bit);
         NormalizeTo { x: io.from, affine, y }
     }
 
     /// Runs an operation on tensors of the plan's shape, all of whose arguments were checked.
     pub(crate) fn execute(&self, operation: Operation<'_, E>) {
-        // A tensor without elements leaves nothing to do to the second halves but what a mask hides; the first ones were seen to.
         if self.logical().is_empty() {
-            if let (Some(views), Some(target)) = (&self.views, operation.target()) {
-                // SAFETY: the operation holds the borrow.
-                unsafe { views.clear(target.to) };
-            }
-            return;
+            // The first halves were seen to.
+            return operation.target().map_or((), |target| self.clear(target, E::default()));
         }
         let context = self.context();
         self.pool.with(operation.need(&context), |scratch| {
@@ -500,6 +492,34 @@ impl<E: Element> BatchNorm<E> {
             // SAFETY: the lengths were checked, and the operation holds the borrows.
             among(context.workers, || unsafe { E::execute(job) });
         });
+    }
+
+    /// Maps a tensor of any stored type, with the coefficients given; its length was checked.
+    pub(crate) fn map<M: Map<K>, const K: usize>(
+        &self,
+        io: InOut<'_, M::Element>,
+        map: M,
+        given: Given<'_, E::Param, K>,
+    ) where
+        M::Element: Storage<Compute = E::Param>,
+    {
+        let target = Target::new(io.to, self.streams::<M::Element>(io.is_in_place(), LARGE_ALONE));
+        if self.logical().is_empty() {
+            return self.clear(target, map.zero());
+        }
+        let context = self.context_of::<M::Element>();
+        self.pool.with(context.need::<0, K>(), |scratch| {
+            // SAFETY: the length was checked, and the caller holds the borrows.
+            among(context.workers, || unsafe { context.apply(map, given, target, scratch) });
+        });
+    }
+
+    /// All that there is to do for a tensor without elements: zeros where a mask hides them.
+    fn clear<T: Storage>(&self, target: Target<'_, T>, zero: T) {
+        if let Some(views) = &self.views {
+            // SAFETY: the caller holds the borrow.
+            unsafe { views.clear(target.to, zero) };
+        }
     }
 
     /// The backward pass: with `m` values per channel and `xhat = (x - mean) * inv_std`,
@@ -597,7 +617,7 @@ impl<E: Element> BatchNorm<E> {
         let from = self.upstreams(x, dy, saved, affine, self.count());
         let (dgamma, dbeta) = (dgamma.map(Disjoint::new), dbeta.map(Disjoint::new));
         let out = AffineGradientsTo { accumulates: self.accumulates, renorm: saved.renorm.as_ref(), dgamma, dbeta };
-        let streaming = self.streams(dx.is_some_and(|dx| dx.is_in_place()), LARGE);
+        let streaming = self.streams::<E>(dx.is_some_and(|dx| dx.is_in_place()), LARGE);
         let target = |to| Target::new(to, streaming);
         let (dx, dresidual) =
             (dx.map(|dx| target(dx.to)), dresidual.map(|tensor| target(Disjoint::tensor(tensor, Side::Y))));
@@ -812,7 +832,7 @@ impl<E: Element> BatchNorm<E> {
         self.check_saved(saved)?;
         self.check_rebuild(affine, saved)?;
         let from = self.upstreams(x, io.from, saved, affine, saved.count);
-        let dx = Target::new(io.to, self.streams(io.is_in_place(), LARGE_ALONE));
+        let dx = Target::new(io.to, self.streams::<E>(io.is_in_place(), LARGE_ALONE));
         self.execute(Operation::InputGradient { from, dx, sums });
         Ok(())
     }

@@ -12,14 +12,16 @@
 
 use core::ops::Range;
 
-use crate::activation::Activation;
+use crate::activation::Bend;
 use crate::affine::Affine;
-use crate::error::{Error, Result, check_len};
-use crate::grid::{Geometry, for_each_piece};
+use crate::error::{Error, Result};
+use crate::kernel::map::Map;
+use crate::pass::BATCH;
 use crate::plan::BatchNorm;
 use crate::running::Population;
-use crate::simd::{Isa, Kernel, dispatch};
-use crate::tensor::InOut;
+use crate::simd::{Compute, Isa, Vector};
+use crate::tensor::{InOut, Side, Source};
+use crate::view::{Pack, Packs};
 
 /// What the integers of a tensor stand for: `scale * (q - zero_point)`.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -30,18 +32,9 @@ pub struct Quantization {
     pub zero_point: i8,
 }
 
-/// Elements that are computed together.
-const CHUNK: usize = 64;
-/// 1.5 * 2^23.
-const LARGE: f32 = 12_582_912.0;
-/// Elements of the shortest plane that is taken by itself, and the fewest images for which shorter ones are not.
-const PLANE: usize = 1024;
-const IMAGES: usize = 8;
-/// Elements of a plane that are worth another task, and about as many of rows.
-const PART: usize = 1 << 16;
-
 impl BatchNorm<f32> {
-    /// [`BatchNorm::forward_infer`] of quantized tensors. Results beyond the range of `i8` become its ends.
+    /// [`BatchNorm::forward_infer`] of quantized tensors. Results beyond the range of `i8` become its ends, and a NaN becomes 0.
+    /// Where a view or a mask shows nothing, the output's zero point is written.
     ///
     /// ```
     /// use batchnorm::{Affine, BatchNorm, Population, Quantization, Shape};
@@ -56,8 +49,8 @@ impl BatchNorm<f32> {
     /// ```
     ///
     /// # Errors
-    /// As [`BatchNorm::forward_infer`]; [`Error::Quantization`] for a scale that is not positive and finite; [`Error::View`] for a
-    /// plan with views, and [`Error::QuantizedResidual`] for a residual, which would have a scale of its own.
+    /// As [`BatchNorm::forward_infer`]; [`Error::Quantization`] for a scale that is not positive and finite;
+    /// [`Error::QuantizedResidual`] for a residual, which would have a scale of its own.
     pub fn forward_infer_quantized(
         &self,
         x: &[i8],
@@ -67,8 +60,8 @@ impl BatchNorm<f32> {
         y: &mut [i8],
         of_y: Quantization,
     ) -> Result<()> {
-        check_len("x", self.shape().len(), x.len())?;
-        check_len("y", self.shape().len(), y.len())?;
+        self.check_tensor(Side::X, "x", x)?;
+        self.check_tensor(Side::Y, "y", y)?;
         self.infer_quantized(InOut::forward(x, y), [of_x, of_y], affine, population)
     }
 
@@ -84,7 +77,7 @@ impl BatchNorm<f32> {
         population: Population<'_, f32>,
         of_y: Quantization,
     ) -> Result<()> {
-        check_len("x", self.shape().len(), x.len())?;
+        self.check_in_place(Side::X, "x", x)?;
         self.infer_quantized(InOut::in_place(x), [of_x, of_y], affine, population)
     }
 
@@ -95,7 +88,6 @@ impl BatchNorm<f32> {
         affine: Affine<'_, f32>,
         population: Population<'_, f32>,
     ) -> Result<()> {
-        self.check_dense()?;
         self.check_affine(affine)?;
         self.check_population(population)?;
         if affine.residual.is_some() {
@@ -106,115 +98,60 @@ impl BatchNorm<f32> {
                 return Err(Error::Quantization { got });
             }
         }
-        let line = |c: usize| {
-            let (scale, shift) = self.line(affine, population, c);
-            let zero = of_x.scale * f64::from(of_x.zero_point);
-            [(scale * of_x.scale / of_y.scale) as f32, ((shift - zero * scale) / of_y.scale) as f32]
-        };
-        let lines: Vec<[f32; 2]> = (0..self.shape().channels()).map(line).collect();
-        let slope = match affine.activation {
-            Activation::None => Some(1.0),
-            Activation::Relu => None,
-            Activation::LeakyRelu(slope) => Some(slope as f32),
-        };
-        let write = |range: Range<usize>, [a, b]: [&[f32]; 2]| {
-            let zero_point = f32::from(of_y.zero_point);
-            dispatch(self.dispatched(), Write { io, range, a, b, slope, zero_point });
-        };
-        let workers = self.workers(self.shape().len());
-        // Rows, or images of small planes, with the coefficients of each element of one.
-        let (rows, run) = match Geometry::new(self.shape()) {
-            Geometry::Planar(planar) if planar.plane >= PLANE || planar.planes < IMAGES => {
-                let parts = planar.plane.div_ceil(PART);
-                for_each_piece(workers, planar.planes * planar.channels * parts, &|_, items| {
-                    for item in items {
-                        let (plane, part) = (item / parts, item % parts);
-                        let [a, b] = lines[plane % planar.channels].map(|value| [value; CHUNK]);
-                        let at = |part: usize| plane * planar.plane + (part * PART).min(planar.plane);
-                        write(at(part)..at(part + 1), [&a, &b]);
-                    }
-                });
-                return Ok(());
+        let lines = |channels: Range<usize>| {
+            let mut lines = [[0.0; BATCH]; 2];
+            for (i, c) in channels.enumerate() {
+                let (scale, shift) = self.line(affine, population, c);
+                let zero = of_x.scale * f64::from(of_x.zero_point);
+                lines[0][i] = (scale * of_x.scale / of_y.scale) as f32;
+                lines[1][i] = ((shift - zero * scale) / of_y.scale) as f32;
             }
-            Geometry::Planar(planar) => (planar.planes, planar.plane),
-            Geometry::Rows(rows) => (rows.rows, 1),
+            lines
         };
-        let row = lines.len() * run;
-        if row == 0 {
-            return Ok(());
-        }
-        // Short ones are repeated, so that chunks are full.
-        let repeated = (4 * CHUNK).div_ceil(row);
-        let [a, b] = [0, 1].map(|k| {
-            let values = lines.iter().flat_map(|line| core::iter::repeat_n(line[k], run));
-            core::iter::repeat_n(values, repeated).flatten().collect::<Vec<_>>()
-        });
-        let part = repeated * (PART / a.len()).max(1);
-        for_each_piece(workers, rows.div_ceil(part), &|_, parts| {
-            let at = |i: usize| (i * part).min(rows) * row;
-            write(at(parts.start)..at(parts.end), [&a, &b]);
-        });
+        let map = Requantize { x: io.from, bend: Bend::new(affine.activation), zero_point: of_y.zero_point };
+        self.map(io, map, &lines);
         Ok(())
     }
 }
 
-/// Writes the elements of `range`, with coefficients that repeat from its start on.
-struct Write<'a> {
-    io: InOut<'a, i8>,
-    range: Range<usize>,
-    a: &'a [f32],
-    b: &'a [f32],
-    /// Of what is not positive; none makes it zero, infinities too.
-    slope: Option<f32>,
-    zero_point: f32,
+/// `act(x * a + b) + zero_point`, which the store rounds.
+#[derive(Clone, Copy)]
+struct Requantize<'a> {
+    x: Source<'a, i8>,
+    bend: Bend<f32>,
+    zero_point: i8,
 }
 
-impl Kernel for Write<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<I: Isa>(self, _: I) {
-        let Self { io, ref range, a, b, .. } = self;
-        let (mut at, mut k) = (range.start, 0);
-        while at < range.end {
-            let n = CHUNK.min(range.end - at).min(a.len() - k);
-            // SAFETY: the elements lie inside both tensors, whose lengths were checked, and no other piece has them.
-            unsafe {
-                let (from, to) = (io.from.as_ptr().add(at), io.to.as_ptr().add(at));
-                match (a[k..].first_chunk(), b[k..].first_chunk()) {
-                    (Some(a), Some(b)) if n == CHUNK => {
-                        let mut values = from.cast::<[i8; CHUNK]>().read_unaligned();
-                        self.compute(&mut values, a, b);
-                        to.cast::<[i8; CHUNK]>().write_unaligned(values);
-                    }
-                    _ => {
-                        let (mut values, mut of_a, mut of_b) = ([0; CHUNK], [0.0; CHUNK], [0.0; CHUNK]);
-                        core::ptr::copy_nonoverlapping(from, values.as_mut_ptr(), n);
-                        of_a[..n].copy_from_slice(&a[k..k + n]);
-                        of_b[..n].copy_from_slice(&b[k..k + n]);
-                        self.compute(&mut values, &of_a, &of_b);
-                        core::ptr::copy_nonoverlapping(values.as_ptr(), to, n);
-                    }
-                }
-            }
-            at += n;
-            k = if k + n == a.len() { 0 } else { k + n };
-        }
+impl Packs<i8> for Requantize<'_> {
+    unsafe fn packed(self, pack: &mut Pack<'_, '_, i8>) -> Self {
+        // SAFETY: the caller's promise.
+        Self { x: unsafe { pack.pack(self.x) }, ..self }
     }
 }
 
-impl Write<'_> {
-    // A plain loop over arrays, which compilers turn into vectors of the tier.
+impl Map<2> for Requantize<'_> {
+    type Element = i8;
+
     #[inline(always)]
-    fn compute(&self, values: &mut [i8; CHUNK], a: &[f32; CHUNK], b: &[f32; CHUNK]) {
-        let (slope, keeps) = (self.slope.unwrap_or(0.0), self.slope.is_some());
-        for i in 0..CHUNK {
-            let line = f32::from(values[i]) * a[i] + b[i];
-            let below = if keeps { line * slope } else { 0.0 };
-            let bent = if line <= 0.0 { below } else { line };
-            // Beside so large a number the last bit is 1, and the low bits are the integer.
-            let rounded = (bent + self.zero_point).clamp(-128.0, 127.0) + LARGE;
-            values[i] = rounded.to_bits() as i8;
-        }
+    unsafe fn at<I: Isa, const FULL: bool>(
+        &self,
+        isa: I,
+        [a, b]: &[Compute<I, i8>; 2],
+        at: usize,
+        n: usize,
+    ) -> Compute<I, i8> {
+        // SAFETY: the caller's promise.
+        let x = unsafe { self.x.load::<I, FULL>(isa, at, n) };
+        let line = x.mul(*a).add(*b);
+        self.bend.apply(isa, line, line).add(Vector::splat(isa, self.zero_point.into()))
+    }
+
+    fn zero(&self) -> i8 {
+        self.zero_point
+    }
+
+    #[inline(always)]
+    fn prefetch<I: Isa>(&self, isa: I, at: usize) {
+        self.x.prefetch(isa, at);
     }
 }

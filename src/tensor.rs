@@ -4,7 +4,7 @@ use core::marker::PhantomData;
 use core::ops::Range;
 
 use crate::element::Element;
-use crate::simd::{Compute, Isa, Vector};
+use crate::simd::{Compute, Isa, Storage, Vector};
 
 /// Whose view tells where the elements of a tensor lie: the input's, or the output's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,10 +62,10 @@ impl<'a, T> Disjoint<'a, T> {
     }
 }
 
-impl<'a, E: Element> Disjoint<'a, E> {
+impl<'a, E: Storage> Disjoint<'a, E> {
     /// Scratch for as many elements as it has parameters, which are at least as large.
-    pub(crate) fn elements(scratch: &'a mut [E::Param]) -> Self {
-        const { assert!(size_of::<E>() <= size_of::<E::Param>() && align_of::<E>() <= align_of::<E::Param>()) };
+    pub(crate) fn elements(scratch: &'a mut [E::Compute]) -> Self {
+        const { assert!(size_of::<E>() <= size_of::<E::Compute>() && align_of::<E>() <= align_of::<E::Compute>()) };
         Self { ptr: scratch.as_mut_ptr().cast(), len: scratch.len(), side: Side::Y, life: PhantomData }
     }
 }
@@ -102,7 +102,7 @@ impl<'a, T> Source<'a, T> {
     }
 }
 
-impl<E: Element> Source<'_, E> {
+impl<E: Storage> Source<'_, E> {
     /// The elements from `at`: of a whole vector if `FULL`, else the first `n` and `fill`.
     ///
     /// # Safety
@@ -132,6 +132,14 @@ impl<E: Element> Source<'_, E> {
         unsafe { self.load_or::<I, FULL>(isa, at, n, Compute::<I, E>::splat(isa, Default::default())) }
     }
 
+    /// Asks the caches for the elements around `at`, which may lie anywhere.
+    #[inline(always)]
+    pub(crate) fn prefetch<I: Isa>(self, isa: I, at: usize) {
+        isa.prefetch(self.ptr.wrapping_add(at).cast());
+    }
+}
+
+impl<E: Element> Source<'_, E> {
     /// One element, as it is computed with.
     ///
     /// # Safety
@@ -140,12 +148,6 @@ impl<E: Element> Source<'_, E> {
     pub(crate) unsafe fn get(self, at: usize) -> E::Param {
         // SAFETY: the caller's promise.
         unsafe { self.ptr.add(at).read() }.to_param()
-    }
-
-    /// Asks the caches for the elements around `at`, which may lie anywhere.
-    #[inline(always)]
-    pub(crate) fn prefetch<I: Isa>(self, isa: I, at: usize) {
-        isa.prefetch(self.ptr.wrapping_add(at).cast());
     }
 }
 

@@ -11,6 +11,7 @@ use crate::error::{Error, Result, check_len};
 use crate::gates::Recorded;
 use crate::grid::Runs;
 use crate::shape::{Layout, Shape};
+use crate::simd::Storage;
 use crate::tensor::{Disjoint, Side, Source};
 
 /// Where the elements of a tensor lie in a slice.
@@ -342,14 +343,14 @@ impl Views {
         }
     }
 
-    /// Writes zeros where the tensor shows nothing.
+    /// Writes `zero` where the tensor shows nothing.
     ///
     /// # Safety
     /// The tensor has the length of its view, and nothing else accesses it.
-    pub(crate) unsafe fn clear<E: Element>(&self, tensor: Disjoint<'_, E>) {
+    pub(crate) unsafe fn clear<E: Storage>(&self, tensor: Disjoint<'_, E>, zero: E) {
         self.of(tensor.side()).padding(|range| {
             // SAFETY: inside the tensor.
-            unsafe { tensor.slice(range) }.fill(E::default());
+            unsafe { tensor.slice(range) }.fill(zero);
         });
     }
 
@@ -357,7 +358,7 @@ impl Views {
     ///
     /// # Safety
     /// The range lies inside the tensor; no other thread accesses its elements.
-    pub(crate) unsafe fn unpack<E: Element>(&self, from: &[E], range: Range<usize>, to: Disjoint<'_, E>) {
+    pub(crate) unsafe fn unpack<E: Storage>(&self, from: &[E], range: Range<usize>, to: Disjoint<'_, E>) {
         assert_eq!(from.len(), range.len());
         let mut done = 0;
         let runs = Runs { start: range.start, len: range.len(), count: 1, stride: 0 };
@@ -403,7 +404,7 @@ pub(crate) fn room_for(elements: usize) -> usize {
     elements.next_multiple_of(LINE).saturating_mul(PACKED)
 }
 
-impl<'v, 'b, E: Element> Pack<'v, 'b, E> {
+impl<'v, 'b, E: Storage> Pack<'v, 'b, E> {
     pub(crate) fn new(views: &'v Views, runs: Runs, room: &'b mut [E]) -> Self {
         Self { views, runs, room }
     }
@@ -419,16 +420,6 @@ impl<'v, 'b, E: Element> Pack<'v, 'b, E> {
     /// The first element of the first run.
     pub(crate) fn start(&self) -> usize {
         self.runs.start
-    }
-
-    /// A one for each element whose bit is set, zeros for the others.
-    pub(crate) fn unfold(&mut self, gates: Recorded<'_>) -> *const E {
-        let unfolded = self.take();
-        let elements = self.runs.starts().flat_map(|start| start..start + self.runs.len);
-        for (to, at) in unfolded.iter_mut().zip(elements) {
-            *to = E::from_param(gates.sign(at));
-        }
-        unfolded.as_ptr()
     }
 
     /// The elements of a tensor, one run after the other.
@@ -447,8 +438,20 @@ impl<'v, 'b, E: Element> Pack<'v, 'b, E> {
     }
 }
 
+impl<E: Element> Pack<'_, '_, E> {
+    /// A one for each element whose bit is set, zeros for the others.
+    pub(crate) fn unfold(&mut self, gates: Recorded<'_>) -> *const E {
+        let unfolded = self.take();
+        let elements = self.runs.starts().flat_map(|start| start..start + self.runs.len);
+        for (to, at) in unfolded.iter_mut().zip(elements) {
+            *to = E::from_param(gates.sign(at));
+        }
+        unfolded.as_ptr()
+    }
+}
+
 /// What reads tensors, and can read packed ones in their place.
-pub(crate) trait Packs<E: Element>: Copy {
+pub(crate) trait Packs<E: Storage>: Copy {
     /// The same over packed tensors.
     ///
     /// # Safety

@@ -2,8 +2,11 @@
 
 mod common;
 
+use batchnorm::View;
 use batchnorm::reference;
-use batchnorm::{Activation, Affine, BatchNorm, Error, Layer, Parallelism, Population, Quantization, Real, Shape};
+use batchnorm::{
+    Activation, Affine, BatchNorm, Error, Layer, Parallelism, Population, Quantization, Real, Shape, Stores,
+};
 use common::{Data, plan, tiers};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -234,8 +237,10 @@ fn quantized_inference_rounds_what_inference_gives() {
     for (k, shape) in shapes.into_iter().map(Result::unwrap).enumerate() {
         let c = shape.channels();
         let fill = |seed| Data::Normal.fill::<f32>(c, seed);
-        let (gamma, beta, mean, var) =
+        let (mut gamma, beta, mean, var) =
             (fill(1), fill(2), fill(3), fill(4).into_iter().map(|v| v * v).collect::<Vec<_>>());
+        // Results that are no numbers, and far beyond the range on both sides.
+        gamma.iter_mut().zip([f32::NAN, 1e30, -f32::INFINITY]).for_each(|(gamma, odd)| *gamma = odd);
         let x: Vec<i8> = (0..shape.len()).map(|i| (i * i * 31 + i * 7 + k) as i8).collect();
         let population = Population { mean: &mean, var: &var };
         for activation in [Activation::None, Activation::Relu, Activation::LeakyRelu(0.3)] {
@@ -243,9 +248,11 @@ fn quantized_inference_rounds_what_inference_gives() {
             let then = reference::forward_infer_quantized(&shape, &x, of_x, affine, (population, 1e-3), of_y);
             for tier in tiers() {
                 let bn = plan::<f32>(shape, tier, Parallelism::Threads(3)).with_eps(1e-3).unwrap();
-                let mut y = vec![99; x.len()];
-                bn.forward_infer_quantized(&x, of_x, affine, population, &mut y, of_y).unwrap();
-                assert_eq!(y, then, "{shape:?}, {tier}");
+                for (stores, first) in [(Stores::Cached, 5), (Stores::Streaming, 0), (Stores::Streaming, 3)] {
+                    let (bn, mut y) = (bn.clone().with_stores(stores), vec![99; first + x.len()]);
+                    bn.forward_infer_quantized(&x, of_x, affine, population, &mut y[first..], of_y).unwrap();
+                    assert_eq!(y[first..], then, "{shape:?}, {tier}");
+                }
                 let mut y = x.clone();
                 bn.forward_infer_quantized_in_place(&mut y, of_x, affine, population, of_y).unwrap();
                 assert_eq!(y, then, "{shape:?}, {tier}, in place");
@@ -257,9 +264,39 @@ fn quantized_inference_rounds_what_inference_gives() {
             let exact = reference::forward_infer(&shape, &wide, affine, Population { mean: &mean, var: &var }, 1e-3);
             for (i, (&q, exact)) in then.iter().zip(exact).enumerate() {
                 let exact = (exact / of_y.scale + f64::from(of_y.zero_point)).clamp(-128.0, 127.0);
+                if exact.is_nan() {
+                    assert_eq!(q, 0);
+                    continue;
+                }
                 assert!((f64::from(q) - exact).abs() <= 0.5 + 1e-4, "{shape:?} {i}: {q} for {exact}");
             }
         }
+    }
+}
+
+/// The even samples of a tensor twice as long, and half of each sample masked.
+#[test]
+fn quantized_views_and_masks() {
+    let shape = Shape::nhwc(3, 4, 5, 20).unwrap();
+    let sample = 4 * 5 * 20;
+    let x: Vec<i8> = (0..6 * sample).map(|i| (i * i * 31 + i * 7) as i8).collect();
+    let population = Population { mean: &[0.1; 20], var: &[2.0; 20] };
+    let of = Quantization { scale: 0.05, zero_point: -7 };
+    let even: Vec<i8> = x.chunks(2 * sample).flat_map(|pair| &pair[..sample]).copied().collect();
+    let then = reference::forward_infer_quantized(&shape, &even, of, Affine::none(), (population, 1e-3), of);
+    for tier in tiers() {
+        let bn = plan::<f32>(shape, tier, Parallelism::Threads(2)).with_eps(1e-3).unwrap();
+        let pairs = View::strided(&shape, &[3, 20, 20], &[2 * sample, 20, 1]).unwrap();
+        let mut y = vec![0; even.len()];
+        let viewing = bn.clone().with_views(pairs, View::dense(&shape)).unwrap();
+        viewing.forward_infer_quantized(&x, of, Affine::none(), population, &mut y, of).unwrap();
+        assert_eq!(y, then, "{tier}");
+        let masked = bn.with_lengths(&[20, 7, 0]).unwrap();
+        masked.forward_infer_quantized(&even, of, Affine::none(), population, &mut y, of).unwrap();
+        let counts = |i: usize| i % sample < [20, 7, 0][i / sample] * 20;
+        let expected: Vec<_> =
+            then.iter().enumerate().map(|(i, &y)| if counts(i) { y } else { of.zero_point }).collect();
+        assert_eq!(y, expected, "{tier}");
     }
 }
 

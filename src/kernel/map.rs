@@ -5,7 +5,6 @@
 
 use core::ops::Range;
 
-use crate::element::Element;
 use crate::simd::{Compute, Isa, Lanes, MAX_LANES, Storage, Vector};
 use crate::tensor::Disjoint;
 use crate::view::Packs;
@@ -21,7 +20,7 @@ const AHEAD: usize = 8 << 10;
 /// A value per element, made of `K` parameters of the channel.
 pub(crate) trait Map<const K: usize>: Packs<Self::Element> + Sync {
     /// The type that is written.
-    type Element: Element;
+    type Element: Storage;
 
     /// The values of the elements from `at`: of a whole vector if `FULL`, else of the first `n`.
     ///
@@ -64,6 +63,11 @@ pub(crate) trait Map<const K: usize>: Packs<Self::Element> + Sync {
         self.finish::<I, FULL>(isa, value, at, n)
     }
 
+    /// What stands for zero in what is written, where a view shows nothing.
+    fn zero(&self) -> Self::Element {
+        Self::Element::default()
+    }
+
     /// Asks the caches for the elements around `at`, which may lie anywhere.
     fn prefetch<I: Isa>(&self, isa: I, at: usize);
 }
@@ -78,9 +82,9 @@ pub(crate) struct Target<'a, E> {
     pub(crate) first_bit: Option<usize>,
 }
 
-impl<'a, E: Element> Target<'a, E> {
+impl<'a, E: Storage> Target<'a, E> {
     /// Lanes of a logical vector.
-    const LANES: usize = MAX_LANES * size_of::<f32>() / size_of::<E::Param>();
+    const LANES: usize = MAX_LANES * size_of::<f32>() / size_of::<E::Compute>();
 
     /// With no bits.
     pub(crate) fn new(to: Disjoint<'a, E>, streaming: bool) -> Self {
@@ -185,7 +189,7 @@ pub(crate) struct Planes<'a, M: Map<K>, const K: usize> {
 }
 
 /// Of each channel; after the last one comes the first again.
-type Params<'p, M, const K: usize> = &'p [[<<M as Map<K>>::Element as Element>::Param; K]];
+type Params<'p, M, const K: usize> = &'p [[<<M as Map<K>>::Element as Storage>::Compute; K]];
 
 impl<'a, M: Map<K>, const K: usize> Planes<'a, M, K> {
     const LANES: usize = Target::<M::Element>::LANES;
@@ -336,7 +340,7 @@ impl<'a, M: Map<K>, const K: usize> Planes<'a, M, K> {
 pub(crate) unsafe fn over_rows<I: Isa, M: Map<K>, const K: usize>(
     isa: I,
     map: M,
-    params: Periodic<'_, <M::Element as Element>::Param>,
+    params: Periodic<'_, <M::Element as Storage>::Compute>,
     at: (usize, usize),
     target: Target<'_, M::Element>,
 ) {
@@ -356,7 +360,7 @@ pub(crate) unsafe fn over_rows<I: Isa, M: Map<K>, const K: usize>(
 unsafe fn rows<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
     isa: I,
     map: M,
-    mut params: Periodic<'_, <M::Element as Element>::Param>,
+    mut params: Periodic<'_, <M::Element as Storage>::Compute>,
     (start, len): (usize, usize),
     target: Target<'_, M::Element>,
 ) {
@@ -373,7 +377,7 @@ unsafe fn rows<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
         }
         let mut i = head;
         // Rows of whole vectors with more parameters than a first-level cache keeps are written strip by strip.
-        let fit = CROWDED / (K * size_of::<<M::Element as Element>::Param>());
+        let fit = CROWDED / (K * size_of::<<M::Element as Storage>::Compute>());
         let strips = period.div_ceil(fit.max(STRIP / size_of::<M::Element>()));
         let rows = (len - i) / period;
         if strips > 1 && period.is_multiple_of(lanes) {

@@ -15,7 +15,7 @@ use crate::kernel::map::{Map, Target};
 use crate::kernel::sums::{Columns, RowBlock};
 use crate::moments::MergeWeights;
 use crate::scratch::{Need, Scratch};
-use crate::simd::{Dispatched, Isa, Kernel, MAX_LANES, dispatch};
+use crate::simd::{Dispatched, Isa, Kernel, MAX_LANES, Storage, dispatch};
 use crate::tensor::Disjoint;
 use crate::view::{Pack, Packs, Views, room_for};
 
@@ -78,7 +78,7 @@ pub(crate) trait Reduction<E: Element, const S: usize>: Packs<E> + Sync {
 type Close<'c, T, const S: usize> = &'c (dyn Fn(Range<usize>, &[Each<f64>; S]) -> T + Sync);
 
 /// The coefficients of up to [`BATCH`] channels.
-type Given<'c, P, const K: usize> = &'c (dyn Fn(Range<usize>) -> [Each<P>; K] + Sync);
+pub(crate) type Given<'c, P, const K: usize> = &'c (dyn Fn(Range<usize>) -> [Each<P>; K] + Sync);
 
 /// The order in which a tensor is mapped, stretch by stretch.
 #[derive(Clone, Copy)]
@@ -189,7 +189,7 @@ impl<'v> Context<'v> {
     ///
     /// # Safety
     /// It is asked for once at a time.
-    unsafe fn room_of<'r, E: Element>(&self, piece: usize, room: Disjoint<'r, E>) -> &'r mut [E] {
+    unsafe fn room_of<'r, E>(&self, piece: usize, room: Disjoint<'r, E>) -> &'r mut [E] {
         let each = room_for(self.packed());
         // SAFETY: pieces have parts of their own.
         unsafe { room.slice(piece * each..(piece + 1) * each) }
@@ -199,7 +199,7 @@ impl<'v> Context<'v> {
     ///
     /// # Safety
     /// As [`Context::apply`], for the elements, with room of their own.
-    unsafe fn map_packed<E: Element, M: Map<K, Element = E>, const K: usize>(
+    unsafe fn map_packed<E: Storage, M: Map<K, Element = E>, const K: usize>(
         &self,
         views: &Views,
         (elements, room): (Range<usize>, &mut [E]),
@@ -296,17 +296,17 @@ impl<'v> Context<'v> {
     pub(crate) unsafe fn apply<E, M, const K: usize>(
         self,
         map: M,
-        given: Given<'_, E::Param, K>,
+        given: Given<'_, E::Compute, K>,
         target: Target<'_, E>,
-        scratch: &mut Scratch<E::Param>,
+        scratch: &mut Scratch<E::Compute>,
     ) where
-        E: Element,
+        E: Storage,
         M: Map<K, Element = E>,
     {
         let (_, narrow, room) = self.parts::<E, 0, K>(scratch);
         match self.geometry {
             Geometry::Planar(planar) => {
-                let coefficients: &mut [[E::Param; K]] = narrow.as_chunks_mut().0;
+                let coefficients: &mut [[E::Compute; K]] = narrow.as_chunks_mut().0;
                 for channels in batches(0..planar.channels) {
                     transpose(&plain(given(channels.clone())), &mut coefficients[channels]);
                 }
@@ -331,28 +331,28 @@ impl<'v> Context<'v> {
     }
 
     /// Elements before the first aligned store, which packed ones begin with.
-    fn head<E: Element>(&self, target: Target<'_, E>) -> usize {
+    fn head<E: Storage>(&self, target: Target<'_, E>) -> usize {
         if self.views.is_some() { 0 } else { target.head() }
     }
 
     /// Where arrays of parameters begin, see [`Target::lead`].
-    fn lead<E: Element>(&self, target: Target<'_, E>) -> usize {
+    fn lead<E: Storage>(&self, target: Target<'_, E>) -> usize {
         if self.views.is_some() { 0 } else { target.lead() }
     }
 
     /// Writes zeros where views show nothing.
-    fn clear<E: Element>(&self, target: Target<'_, E>) {
+    fn clear<E: Storage>(&self, target: Target<'_, E>, zero: E) {
         if let Some(views) = self.views {
             // SAFETY: the pass alone writes the tensor, and has written all else.
-            unsafe { views.clear(target.to) };
+            unsafe { views.clear(target.to, zero) };
         }
     }
 
     /// The parts of the scratch: for sums, for coefficients and columns, and for packed elements.
-    fn parts<'s, E: Element, const S: usize, const K: usize>(
+    fn parts<'s, E: Storage, const S: usize, const K: usize>(
         &self,
-        scratch: &'s mut Scratch<E::Param>,
-    ) -> (&'s mut [f64], &'s mut [E::Param], Disjoint<'s, E>) {
+        scratch: &'s mut Scratch<E::Compute>,
+    ) -> (&'s mut [f64], &'s mut [E::Compute], Disjoint<'s, E>) {
         let (wide, narrow) = scratch.parts(self.need::<S, K>());
         let (narrow, room) = narrow.split_at_mut(narrow.len() - self.room());
         (wide, narrow, Disjoint::elements(room))
@@ -406,12 +406,12 @@ impl<'v> Context<'v> {
         }
     }
 
-    fn map_planar<E: Element, M: Map<K, Element = E>, const K: usize>(
+    fn map_planar<E: Storage, M: Map<K, Element = E>, const K: usize>(
         self,
         planar: Planar,
         map: M,
         target: Target<'_, E>,
-        (coefficients, room): (&[[E::Param; K]], Disjoint<'_, E>),
+        (coefficients, room): (&[[E::Compute; K]], Disjoint<'_, E>),
         order: Order,
     ) {
         let len = planar.planes * planar.channels * planar.plane;
@@ -434,7 +434,7 @@ impl<'v> Context<'v> {
             }
             self.fence(target);
         });
-        self.clear(target);
+        self.clear(target, map.zero());
     }
 
     fn reduce_rows<E: Element, R: Reduction<E, S>, const S: usize>(
@@ -481,12 +481,12 @@ impl<'v> Context<'v> {
         });
     }
 
-    fn map_rows<E: Element, M: Map<K, Element = E>, const K: usize>(
+    fn map_rows<E: Storage, M: Map<K, Element = E>, const K: usize>(
         self,
         rows: Rows,
         map: M,
         target: Target<'_, E>,
-        (coefficients, room): (&[E::Param], Disjoint<'_, E>),
+        (coefficients, room): (&[E::Compute], Disjoint<'_, E>),
         order: Order,
     ) {
         let (len, lead) = (rows.rows * rows.channels, self.lead(target));
@@ -512,7 +512,7 @@ impl<'v> Context<'v> {
             }
             self.fence(target);
         });
-        self.clear(target);
+        self.clear(target, map.zero());
     }
 }
 

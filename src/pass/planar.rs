@@ -7,7 +7,7 @@ use super::{BATCH, Close, Each, Merged, Reduction, plain, transpose};
 use crate::element::Element;
 use crate::grid::Planar;
 use crate::kernel::map::{Map, Planes, Target};
-use crate::simd::{Dispatched, Isa, Kernel, dispatch};
+use crate::simd::{Dispatched, Isa, Kernel, Storage, dispatch};
 
 /// Elements that are read before as many are written.
 const TURN: usize = 1024;
@@ -43,8 +43,8 @@ pub(super) struct Writing<'a, M: Map<K>, const S: usize, const K: usize> {
     ahead: usize,
     map: M,
     target: Target<'a, M::Element>,
-    close: Close<'a, [Each<<M::Element as Element>::Param>; K], S>,
-    coefficients: [[<M::Element as Element>::Param; K]; BATCH],
+    close: Close<'a, [Each<<M::Element as Storage>::Compute>; K], S>,
+    coefficients: [[<M::Element as Storage>::Compute; K]; BATCH],
     /// The channels that are written, and their planes in one image.
     written: usize,
     planes: Planes<'a, M, K>,
@@ -67,7 +67,7 @@ impl<'a, M: Map<K>, const S: usize, const K: usize> Writing<'a, M, S, K> {
         reader: &Reader<'_, E, R>,
         map: M,
         target: Target<'a, M::Element>,
-        close: Close<'a, [Each<<M::Element as Element>::Param>; K], S>,
+        close: Close<'a, [Each<<M::Element as Storage>::Compute>; K], S>,
     ) -> Self
     where
         E: Element,
@@ -138,7 +138,7 @@ impl<M: Map<K>, const S: usize, const K: usize> Beside<S> for Writing<'_, M, S, 
 /// Goes on writing planes.
 struct Write<'w, 'a, M: Map<K>, const K: usize> {
     planes: &'w mut Planes<'a, M, K>,
-    params: &'w [[<M::Element as Element>::Param; K]],
+    params: &'w [[<M::Element as Storage>::Compute; K]],
     to: usize,
 }
 
@@ -302,7 +302,7 @@ pub(super) unsafe fn map<M: Map<K>, const K: usize>(
     planar: Planar,
     map: M,
     target: Target<'_, M::Element>,
-    params: &[[<M::Element as Element>::Param; K]],
+    params: &[[<M::Element as Storage>::Compute; K]],
     elements: Range<usize>,
     origin: usize,
 ) {

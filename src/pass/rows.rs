@@ -9,7 +9,7 @@ use crate::grid::{Rows, Runs};
 use crate::kernel::map::{self, Map, Periodic, Target};
 use crate::kernel::sums::{Columns, RowBlock};
 use crate::moments::MergeWeights;
-use crate::simd::{Isa, Kernel};
+use crate::simd::{Isa, Kernel, Storage};
 use crate::tensor::Disjoint;
 
 /// Bytes of a row from which on rows are prefetched.
@@ -107,7 +107,7 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Kernel for Merge<'_, E, R, 
 }
 
 /// The second half for a range of elements of rows.
-pub(super) struct Write<'a, E: Element, M, const K: usize> {
+pub(super) struct Write<'a, E: Storage, M, const K: usize> {
     pub(super) rows: Rows,
     pub(super) elements: Range<usize>,
     /// The column of the first element.
@@ -116,10 +116,10 @@ pub(super) struct Write<'a, E: Element, M, const K: usize> {
     pub(super) lead: usize,
     pub(super) map: M,
     pub(super) target: Target<'a, E>,
-    pub(super) coefficients: &'a [E::Param],
+    pub(super) coefficients: &'a [E::Compute],
 }
 
-impl<E: Element, M: Map<K, Element = E>, const K: usize> Kernel for Write<'_, E, M, K> {
+impl<E: Storage, M: Map<K, Element = E>, const K: usize> Kernel for Write<'_, E, M, K> {
     type Output = ();
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {

@@ -13,7 +13,7 @@ mod portable;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
-use crate::element::{Element, Real as _};
+use crate::element::{Element, Real};
 
 pub use dispatch::Tier;
 pub(crate) use dispatch::{Dispatched, Kernel, dispatch};
@@ -84,6 +84,21 @@ pub trait Isa: Copy + Send + Sync {
     /// 16 values can be written to `to`; no alignment is asked for.
     #[cfg(feature = "half")]
     unsafe fn store_f16(self, value: Self::F32, to: *mut u16);
+    /// Loads 16 integers.
+    ///
+    /// # Safety
+    /// 16 values can be read from `from`.
+    unsafe fn load_i8(self, from: *const i8) -> Self::F32;
+    /// Rounds to integers, ties to even, and stores them: the ends of the range for what is beyond it, zero for a NaN.
+    ///
+    /// # Safety
+    /// 16 values can be written to `to`.
+    unsafe fn store_i8(self, value: Self::F32, to: *mut i8);
+    /// [`Isa::store_i8`] past the caches, where the tier can.
+    ///
+    /// # Safety
+    /// 16 values can be written to `to`, which is aligned to 16 bytes.
+    unsafe fn stream_i8(self, value: Self::F32, to: *mut i8);
     /// Stores 32 bytes past the caches, where the tier can.
     ///
     /// # Safety
@@ -170,9 +185,9 @@ impl Lanes for f64 {
 }
 
 /// How an element type goes through memory.
-pub trait Storage: Sized {
+pub trait Storage: Copy + Default + Send + Sync + 'static {
     /// The type it is computed in.
-    type Compute: Lanes;
+    type Compute: Real;
 
     /// Loads one vector.
     ///
@@ -286,6 +301,44 @@ macro_rules! half_storage {
 
 #[cfg(feature = "half")]
 half_storage!(half::bf16: load_bf16 store_bf16, half::f16: load_f16 store_f16);
+
+/// Integers that stand for themselves; stores round and saturate.
+impl Storage for i8 {
+    type Compute = f32;
+    #[inline(always)]
+    unsafe fn load<I: Isa>(isa: I, from: *const i8) -> I::F32 {
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { isa.load_i8(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_first<I: Isa>(isa: I, from: *const i8, n: usize, fill: I::F32) -> I::F32 {
+        let mut values = [0; MAX_LANES];
+        // SAFETY: n < LANES values are read, as the caller promises; then a buffer of LANES is.
+        unsafe {
+            core::ptr::copy_nonoverlapping(from, values.as_mut_ptr(), n);
+            isa.load_i8(values.as_ptr()).first(n, fill)
+        }
+    }
+    #[inline(always)]
+    unsafe fn store<I: Isa>(isa: I, value: I::F32, to: *mut i8) {
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { isa.store_i8(value, to) }
+    }
+    #[inline(always)]
+    unsafe fn stream<I: Isa>(isa: I, value: I::F32, to: *mut i8) {
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { isa.stream_i8(value, to) }
+    }
+    #[inline(always)]
+    unsafe fn store_first<I: Isa>(isa: I, value: I::F32, to: *mut i8, n: usize) {
+        let mut values = [0; MAX_LANES];
+        // SAFETY: a whole vector lands in a buffer of LANES; n values can be written, as the caller promises.
+        unsafe {
+            isa.store_i8(value, values.as_mut_ptr());
+            core::ptr::copy_nonoverlapping(values.as_ptr(), to, n);
+        }
+    }
+}
 
 /// A way to load elements as vectors: in the type they are computed in, or in f64.
 pub(crate) trait Load<I: Isa> {

@@ -62,6 +62,23 @@ impl Isa for Portable {
         // SAFETY: 16 values can be written, as the caller promises.
         unsafe { to.cast::<[u16; 16]>().write_unaligned(bits) }
     }
+    #[inline(always)]
+    unsafe fn load_i8(self, from: *const i8) -> f32x16 {
+        // SAFETY: 16 values can be read, as the caller promises.
+        f32x16::new(unsafe { from.cast::<[i8; 16]>().read_unaligned() }.map(f32::from))
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, value: f32x16, to: *mut i8) {
+        // Beside so large a number the last bit is 1, and the low bits are the integer.
+        let rounded = value.to_array().map(|v| (v.clamp(-128.0, 127.0) + 12_582_912.0).to_bits() as i8);
+        // SAFETY: 16 values can be written, as the caller promises.
+        unsafe { to.cast::<[i8; 16]>().write_unaligned(rounded) }
+    }
+    #[inline(always)]
+    unsafe fn stream_i8(self, value: f32x16, to: *mut i8) {
+        // SAFETY: the caller's promise is the callee's. There is no portable way past the caches.
+        unsafe { self.store_i8(value, to) }
+    }
     #[cfg(feature = "half")]
     #[inline(always)]
     unsafe fn stream_bits(self, from: &[u16; 16], to: *mut u16) {

@@ -81,11 +81,47 @@ impl Isa for Avx2 {
             _mm_storeu_si128(to.add(8).cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value.0[1]));
         }
     }
+    #[inline(always)]
+    unsafe fn load_i8(self, from: *const i8) -> F32 {
+        // SAFETY: `self` proves AVX2; 16 values can be read, as the caller promises.
+        unsafe {
+            let values = _mm_loadu_si128(from.cast());
+            let wide = |values| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(values));
+            F32([wide(values), wide(_mm_srli_si128::<8>(values))])
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, value: F32, to: *mut i8) {
+        // SAFETY: `self` proves AVX2; 16 values can be written, as the caller promises.
+        unsafe { _mm_storeu_si128(to.cast(), i8_of(self, value)) }
+    }
+    #[inline(always)]
+    unsafe fn stream_i8(self, value: F32, to: *mut i8) {
+        // SAFETY: `self` proves AVX2; 16 bytes can be written and are aligned, as the caller promises.
+        unsafe { _mm_stream_si128(to.cast(), i8_of(self, value)) }
+    }
     #[cfg(feature = "half")]
     #[inline(always)]
     unsafe fn stream_bits(self, from: &[u16; 16], to: *mut u16) {
         // SAFETY: `self` proves AVX2; 32 bytes can be written and are aligned, as the caller promises.
         unsafe { _mm256_stream_si256(to.cast(), _mm256_loadu_si256(from.as_ptr().cast())) }
+    }
+}
+
+/// The lanes as integers, rounded and saturated.
+#[inline(always)]
+fn i8_of(_: Avx2, value: F32) -> __m128i {
+    // SAFETY: the argument proves AVX2.
+    unsafe {
+        // What is too large would convert to the least integer, as what is too small does.
+        let integers = |v: __m256| {
+            let number = _mm256_and_ps(v, _mm256_cmp_ps::<_CMP_ORD_Q>(v, v));
+            _mm256_cvtps_epi32(_mm256_min_ps(number, _mm256_set1_ps(127.0)))
+        };
+        // Packing works within each half of the registers; the permutation puts the quarters in order.
+        let packed = _mm256_packs_epi32(integers(value.0[0]), integers(value.0[1]));
+        let ordered = _mm256_permute4x64_epi64::<0b11_01_10_00>(packed);
+        _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256::<1>(ordered))
     }
 }
 

@@ -108,11 +108,38 @@ impl Isa for Avx512 {
         // SAFETY: `self` proves AVX-512; 16 values can be written, as the caller promises.
         unsafe { _mm256_storeu_si256(to.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value.0)) }
     }
+    #[inline(always)]
+    unsafe fn load_i8(self, from: *const i8) -> F32 {
+        // SAFETY: `self` proves AVX-512; 16 values can be read, as the caller promises.
+        unsafe { F32(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())))) }
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, value: F32, to: *mut i8) {
+        // SAFETY: `self` proves AVX-512; 16 values can be written, as the caller promises.
+        unsafe { _mm_storeu_si128(to.cast(), i8_of(self, value)) }
+    }
+    #[inline(always)]
+    unsafe fn stream_i8(self, value: F32, to: *mut i8) {
+        // SAFETY: `self` proves AVX-512; 16 bytes can be written and are aligned, as the caller promises.
+        unsafe { _mm_stream_si128(to.cast(), i8_of(self, value)) }
+    }
     #[cfg(feature = "half")]
     #[inline(always)]
     unsafe fn stream_bits(self, from: &[u16; 16], to: *mut u16) {
         // SAFETY: `self` proves AVX-512; 32 bytes can be written and are aligned, as the caller promises.
         unsafe { _mm256_stream_si256(to.cast(), _mm256_loadu_si256(from.as_ptr().cast())) }
+    }
+}
+
+/// The lanes as integers, rounded and saturated.
+#[inline(always)]
+fn i8_of(_: Avx512, value: F32) -> __m128i {
+    // SAFETY: the argument proves AVX-512.
+    unsafe {
+        // What is too large would convert to the least integer, as what is too small does.
+        let number = _mm512_cmp_ps_mask::<_CMP_ORD_Q>(value.0, value.0);
+        let bounded = _mm512_maskz_min_ps(number, value.0, _mm512_set1_ps(127.0));
+        _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(bounded))
     }
 }
 
