@@ -249,7 +249,10 @@ impl View {
         match &self.order {
             &Order::Nested { outer, row, run, run_stride } => {
                 let rest = row % run.max(1);
-                let rows = if rest == 0 { 0 } else { outer.iter().map(|dim| dim.0).product() };
+                let rows = outer.iter().map(|dim| dim.0).product();
+                if rest == 0 || rows == 0 {
+                    return;
+                }
                 let mut at = Odometer::new(outer, 0);
                 for _ in 0..rows {
                     let last = at.at + row / run * run_stride;

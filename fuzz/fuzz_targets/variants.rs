@@ -5,9 +5,10 @@
 use arbitrary::Arbitrary;
 use batchnorm::reference;
 use batchnorm::{
-    Activation, Affine, BatchNorm, Cotangents, Error, Gradients, Layout, Saved, SecondGradients, Shape, View,
+    Activation, Affine, BatchNorm, Cotangents, Error, Gradients, Layout, Population, Quantization, Real, RenormLimits,
+    Saved, SecondGradients, Shape, View,
 };
-use batchnorm_fuzz::{Setting, Tested, Values, assert_bits, assert_saved, with_element};
+use batchnorm_fuzz::{Setting, Tested, Values, assert_bits, assert_saved, variances, with_element};
 use libfuzzer_sys::fuzz_target;
 
 /// One variant at a time: all would leave few runs a second.
@@ -18,6 +19,10 @@ enum Which {
     Twice,
     Strided,
     Masked,
+    Frozen,
+    Renormalized,
+    Ghost,
+    Quantized,
 }
 
 #[derive(Arbitrary, Debug)]
@@ -30,6 +35,8 @@ struct Input<'a> {
     /// None, ReLU, and slopes of a leaky ReLU.
     slope: Option<u8>,
     gaps: [u8; 3],
+    /// The scales of quantized tensors.
+    scales: [f64; 2],
     bytes: &'a [u8],
 }
 
@@ -58,7 +65,40 @@ fn check<E: Tested>(input: &Input<'_>) {
         Which::Twice => case.twice(&bn),
         Which::Strided => case.strided(&bn),
         Which::Masked => case.masked(&bn),
+        Which::Frozen => case.frozen(&bn),
+        Which::Renormalized => case.renormalized(&bn),
+        Which::Ghost => case.ghost(&bn),
+        Which::Quantized => (),
     });
+    if let Which::Quantized = input.which {
+        quantized(input);
+    }
+}
+
+/// Inference on 8-bit integers.
+fn quantized(input: &Input<'_>) {
+    let Input { setting, bytes, gaps, scales, slope, .. } = input;
+    let shape = setting.shape();
+    let values = |salt| setting.params.fill::<f32>(bytes, salt, shape.channels());
+    let (mean, var) = (values(5), variances(values(6)));
+    let population = Population { mean: &mean, var: &var };
+    let params = setting.affine::<f32>(bytes);
+    let activation = slope.map_or(Activation::None, |slope| Activation::LeakyRelu(f64::from(slope) / 64.0));
+    let affine = params.get::<f32>().with_activation(activation);
+    let x: Vec<i8> =
+        (0..shape.len()).map(|i| bytes.get(i % bytes.len().max(1)).map_or(1, |b| b.cast_signed())).collect();
+    let of = |i: usize| Quantization { scale: scales[i], zero_point: gaps[i].cast_signed() };
+    for bn in setting.plans::<f32>() {
+        let mut y = vec![77; x.len()];
+        match bn.forward_infer_quantized(&x, of(0), affine, population, &mut y, of(1)) {
+            Err(Error::Quantization { .. }) => assert!(y.iter().all(|&y| y == 77)),
+            other => {
+                other.unwrap();
+                let then = reference::forward_infer_quantized(&shape, &x, of(0), affine, (population, bn.eps()), of(1));
+                assert_eq!(y, then, "quantized on {}", bn.tier());
+            }
+        }
+    }
 }
 
 struct Case<'a, E: Tested> {
@@ -138,6 +178,91 @@ impl<E: Tested> Case<'_, E> {
         assert_bits("of x", bn.tier(), &of_x, &then.0);
         assert_bits("of dy", bn.tier(), &of_dy, &then.1);
         assert_bits("of gamma", bn.tier(), &of_gamma, &then.2);
+    }
+
+    /// The population's statistics as constants.
+    fn frozen(&self, bn: &BatchNorm<E>) {
+        let (mean, var) = self.population();
+        let mut saved = bn.saved();
+        bn.freeze(Population { mean: &mean, var: &var }, &mut saved).unwrap();
+        let mut y = self.blank();
+        if bn.normalize(self.x, self.affine, &saved, &mut y).is_err() {
+            return;
+        }
+        let then = reference::normalize(&self.shape, self.x, self.affine, &saved);
+        assert_bits("y of constants", bn.tier(), &y, &then);
+        self.back(bn, &saved);
+    }
+
+    /// Corrected towards the population.
+    fn renormalized(&self, bn: &BatchNorm<E>) {
+        let (mean, var) = self.population();
+        let population = Population { mean: &mean, var: &var };
+        let [_, step, _] = self.input.gaps;
+        let limits = RenormLimits::at_step(u64::from(step) * 300);
+        let (mut y, mut saved) = (self.blank(), bn.saved());
+        saved.renormalize(population, limits).unwrap();
+        if bn.forward_train(self.x, self.affine, &mut y, &mut saved).is_err() {
+            return;
+        }
+        let moments = reference::moments(&self.shape, self.x);
+        let then = reference::finish_renormalized(&moments, bn.eps(), population, limits);
+        assert_saved("renormalized", bn.tier(), &saved, &then);
+        let y_then = reference::normalize(&self.shape, self.x, self.affine, &then);
+        assert_bits("y renormalized", bn.tier(), &y, &y_then);
+        self.back(bn, &saved);
+    }
+
+    fn population(&self) -> (Vec<E::Param>, Vec<E::Param>) {
+        let (setting, bytes) = (&self.input.setting, self.input.bytes);
+        let values = |salt| setting.params.fill(bytes, salt, self.shape.channels());
+        (values(5), variances(values(6)))
+    }
+
+    /// The backward pass with any statistics.
+    fn back(&self, bn: &BatchNorm<E>, saved: &Saved<E::Param>) {
+        let sums = reference::gradient_sums(&self.shape, self.x, self.dy, saved, self.affine);
+        let dx_then = reference::input_gradient(&self.shape, self.x, self.dy, saved, self.affine, &sums);
+        let (dgamma_then, dbeta_then) = reference::affine_gradients::<E::Param>(&sums, saved);
+        let (mut dx, mut dgamma, mut dbeta) = (self.dy.to_vec(), dgamma_then.clone(), dbeta_then.clone());
+        let zero = E::Param::from_f64(0.0);
+        dgamma.fill(zero);
+        dbeta.fill(zero);
+        let gradients = Gradients { dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta), ..Default::default() };
+        bn.backward_in_place(self.x, &mut dx, saved, self.affine, gradients).unwrap();
+        assert_bits("dx in place", bn.tier(), &dx, &dx_then);
+        assert_bits("dgamma", bn.tier(), &dgamma, &dgamma_then);
+        assert_bits("dbeta", bn.tier(), &dbeta, &dbeta_then);
+    }
+
+    /// Virtual batches, each as a batch of its own.
+    fn ghost(&self, bn: &BatchNorm<E>) {
+        let (batch, sample) = (self.shape.batch(), self.shape.len() / self.shape.batch());
+        // Few enough for many runs a second.
+        let of = (usize::from(self.input.gaps[0]) + 1).max(batch / 32);
+        let ghost = bn.clone().ghost(of).unwrap();
+        let (mut y, mut dx, mut saved) = (self.blank(), self.blank(), ghost.saved());
+        let mut gates = vec![0; bn.gates_len()];
+        if ghost.forward_train(self.x, self.affine.with_gates_to(&mut gates), &mut y, &mut saved).is_err() {
+            return;
+        }
+        let gradients = Gradients { dx: Some(&mut dx), ..Default::default() };
+        ghost.backward(self.x, self.dy, &saved, self.affine.with_gates(&gates), gradients).unwrap();
+        let parts = self.x.chunks(of * sample).zip(self.dy.chunks(of * sample)).zip(y.chunks(of * sample));
+        for (((x, dy), y), (dx, saved)) in parts.zip(dx.chunks(of * sample).zip(&saved)) {
+            let (c, s) = (self.shape.channels(), self.shape.spatial());
+            let shape = Shape::new(self.shape.layout(), x.len() / sample, c, &[s]).unwrap();
+            let then = reference::finish(&reference::moments(&shape, x), bn.eps());
+            assert_saved("virtual batch", bn.tier(), saved, &then);
+            // The residual is of the whole batch, so it is left to the tests.
+            if self.affine.residual.is_none() {
+                let y_then = reference::normalize(&shape, x, self.affine, &then);
+                assert_bits("y of a virtual batch", bn.tier(), y, &y_then);
+                let sums = reference::gradient_sums(&shape, x, dy, &then, self.affine);
+                let dx_then = reference::input_gradient(&shape, x, dy, &then, self.affine, &sums);
+                assert_bits("dx of a virtual batch", bn.tier(), dx, &dx_then);
+            }
+        }
     }
 
     /// Elements with gaps between rows, samples, and what lies between.

@@ -309,6 +309,19 @@ fn views_that_do_not_fit_are_refused() {
 }
 
 #[test]
+fn blocks_of_an_empty_tensor_are_left_alone() {
+    for shape in [Shape::nchw(0, 3, 2, 2), Shape::nchw(2, 3, 0, 2)].map(Result::unwrap) {
+        let view = View::blocked(&shape, 8).unwrap();
+        assert!(view.is_empty());
+        let bn = BatchNorm::<f32>::new(shape).unwrap().with_views(view.clone(), view).unwrap();
+        let population = Population { mean: &[0.0; 3], var: &[1.0; 3] };
+        let mut y = [7.0; 2];
+        bn.forward_infer(&[1.0; 2], Affine::none(), population, &mut y).unwrap();
+        assert_eq!(y, [7.0; 2]);
+    }
+}
+
+#[test]
 fn a_mask_that_hides_all_leaves_zeros() {
     let bn = BatchNorm::<f32>::new(Shape::ncl(2, 3, 4).unwrap()).unwrap().with_lengths(&[0, 0]).unwrap();
     let (x, mut y, mut saved) = ([1.0; 24], [7.0; 24], bn.saved());
