@@ -71,7 +71,9 @@ impl Layer {
     fn joints(self) -> impl Iterator<Item = (usize, usize, Range<usize>)> {
         let (rows, columns) = if self.transposed { (self.inputs, self.outputs) } else { (self.outputs, self.inputs) };
         let (of_group, row_group) = (columns / self.groups, rows / self.groups);
-        (0..rows * of_group).map(move |i| {
+        // Without taps there is nothing to join, however many channels there are.
+        let joints = if self.taps == 0 { 0 } else { rows * of_group };
+        (0..joints).map(move |i| {
             let (row, column) = (i / of_group, i / of_group / row_group * of_group + i % of_group);
             let (output, input) = if self.transposed { (column, row) } else { (row, column) };
             (output, input, i * self.taps..(i + 1) * self.taps)

@@ -107,7 +107,8 @@ impl View {
         let mut outer = [(1, 0); 4];
         let first = outer.len() - (sizes.len() - 1);
         for (outer, dim) in outer[first..].iter_mut().zip(sizes.iter().copied().zip(strides.iter().copied())) {
-            *outer = dim;
+            // A stride that is never taken may be of any size.
+            *outer = if dim.0 == 1 { (1, 0) } else { dim };
         }
         let mut row = sizes[sizes.len() - 1];
         // Rows that follow each other are one.
@@ -249,7 +250,7 @@ impl View {
         match &self.order {
             &Order::Nested { outer, row, run, run_stride } => {
                 let rest = row % run.max(1);
-                let rows = outer.iter().map(|dim| dim.0).product();
+                let rows: usize = outer.iter().map(|dim| dim.0).product();
                 if rest == 0 || rows == 0 {
                     return;
                 }

@@ -3,8 +3,10 @@
 
 mod common;
 
-use batchnorm::{Affine, BatchNorm, Element, Error, GradientSums, Gradients, Layout, Moments, Momentum, Parallelism};
-use batchnorm::{Population, Real, Result, Running, Saved, Shape, Tier, Variance};
+use batchnorm::{
+    Affine, BatchNorm, Element, Error, GradientSums, Gradients, Layer, Layout, Moments, Momentum, Parallelism,
+};
+use batchnorm::{Population, Real, Result, Running, Saved, Shape, Tier, Variance, View};
 use common::{Bits, Data, assert_bits, length};
 
 /// All that any operation reads or writes, under the names that errors use.
@@ -519,6 +521,42 @@ fn shapes_that_fit_no_slice() {
         let result = bn.forward_train(&[0.0], Affine::none(), &mut [0.0], &mut Saved::new(1));
         assert_error("huge", result, &length("x", shape.len(), 1));
     }
+}
+
+/// A batch without samples is a no-op for every view, and a stride that is never taken may have any size.
+#[test]
+fn views_of_nothing_and_strides_not_taken() {
+    let population = Population { mean: &[0.0; 3], var: &[1.0; 3] };
+    for shape in [Shape::nchw(0, 3, 4, 5), Shape::nchw(2, 3, 0, 5)].map(Result::unwrap) {
+        let sizes = [shape.batch(), 3, 4 * usize::from(shape.spatial() > 0), 5];
+        let views = [View::strided(&shape, &sizes, &[200, 60, 6, 1]).unwrap(), View::blocked(&shape, 8).unwrap()];
+        for view in views {
+            let bn = BatchNorm::<f32>::new(shape).unwrap().with_views(view.clone(), view).unwrap();
+            bn.forward_infer(&[], Affine::none(), population, &mut []).unwrap();
+            bn.normalize(&[], Affine::none(), &saved(3, 4), &mut []).unwrap();
+        }
+    }
+    let shape = Shape::nchw(2, 1, 4, 5).unwrap();
+    let (x, population) = (Data::Normal.fill::<f32>(shape.len(), 1), Population { mean: &[0.0], var: &[1.0] });
+    let infer = |stride: usize| {
+        let view = View::strided(&shape, &[2, 1, 4, 5], &[20, stride, 5, 1]).unwrap();
+        let apart = View::strided(&shape, &[2, 1, 4, 5], &[100, stride, 6, 1]).unwrap();
+        let mut y = vec![0.0; apart.len()];
+        let bn = BatchNorm::<f32>::new(shape).unwrap().with_views(view, apart).unwrap();
+        bn.forward_infer(&x, Affine::none(), population, &mut y).unwrap();
+        y
+    };
+    assert_eq!(infer(usize::MAX), infer(20));
+}
+
+/// A layer without taps has no weights, so any number of channels fits its slice.
+#[test]
+fn layers_without_weights() {
+    let bn = BatchNorm::<f32>::new(Shape::nc(1, 3).unwrap()).unwrap();
+    let (mut bias, population) = ([1.0; 3], Population { mean: &[0.0; 3], var: &[1.0; 3] });
+    let layer = Layer::convolution(3, usize::MAX, 0);
+    bn.with_eps(0.0).unwrap().fold_into_preceding(layer, &mut [], &mut bias, Affine::none(), population).unwrap();
+    assert_eq!(bias, [1.0; 3]);
 }
 
 #[test]
