@@ -186,6 +186,11 @@ impl Rows {
         (ROWS_BLOCK / self.channels).clamp(ROWS_PER_BLOCK.0, ROWS_PER_BLOCK.1)
     }
 
+    /// Rows of the longest block at most: blocks begin at whole vectors of rows.
+    pub(crate) fn longest(&self) -> usize {
+        self.rows.min(self.most().next_multiple_of(MAX_LANES))
+    }
+
     /// Blocks, of about the same size; one, or as many as a few threads share well.
     pub(crate) fn blocks(&self) -> usize {
         let most = self.most();
@@ -357,9 +362,10 @@ mod tests {
 
     #[test]
     fn row_blocks_and_tiles_cover_each_element_once() {
-        for (rows, channels) in [(1, 2), (127, 3), (4097, 3), (300, 128), (129, 1000), (1, 5000)] {
+        for (rows, channels) in [(1, 2), (127, 3), (4097, 3), (300, 128), (129, 1000), (1, 5000), (3492, 300)] {
             let r = Rows { rows, channels };
             assert_eq!((0..r.blocks()).flat_map(|b| r.block(b)).collect::<Vec<_>>(), (0..rows).collect::<Vec<_>>());
+            assert!((0..r.blocks()).all(|b| r.block(b).len() <= r.longest()), "{r:?}");
             for tasks in [1, 2, 7, 100] {
                 let tiles = r.tiles(tasks);
                 let columns: Vec<_> = (0..tiles).flat_map(|t| r.tile(t, tiles)).collect();

@@ -549,6 +549,16 @@ fn views_of_nothing_and_strides_not_taken() {
     assert_eq!(infer(usize::MAX), infer(20));
 }
 
+/// Room for packed elements is that of the tensor at hand, not of the largest block on the most threads.
+#[test]
+fn scratch_of_small_views_is_small() {
+    for shape in [Shape::nlc(2, 8, 64), Shape::ncl(2, 64, 8), Shape::nc(9, 300)].map(Result::unwrap) {
+        let bn = BatchNorm::<f32>::new(shape).unwrap().with_parallelism(Parallelism::Threads(1024));
+        let bn = bn.with_mask(&vec![true; shape.count()]).unwrap();
+        assert!(bn.scratch_len() < 4 << 20, "{} bytes for {shape:?}", bn.scratch_len());
+    }
+}
+
 /// A layer without taps has no weights, so any number of channels fits its slice.
 #[test]
 fn layers_without_weights() {

@@ -169,20 +169,30 @@ impl<'v> Context<'v> {
     /// The most elements that are packed at once.
     fn packed(&self) -> usize {
         match self.geometry {
-            Geometry::Planar(_) => MAP_STRETCH,
+            Geometry::Planar(planar) => MAP_STRETCH.min(planar.planes * planar.pitch()),
             Geometry::Rows(rows) => {
-                let tile = rows.most().saturating_mul(self.row_width(rows).min(rows.channels));
-                tile.max(row_stretch(rows))
+                let tile = rows.longest().saturating_mul(self.row_width(rows).min(rows.channels));
+                tile.max(row_stretch(rows).min(rows.rows * rows.channels))
             }
         }
     }
 
-    /// Scratch for packed elements, as many for each piece.
+    /// Scratch for packed elements, as many for each piece of either half.
     fn room(&self) -> usize {
-        match self.views {
-            Some(_) => pieces(self.workers, usize::MAX).saturating_mul(room_for(self.packed())),
-            None => 0,
+        if self.views.is_none() {
+            return 0;
         }
+        let (blocks, stretches) = match self.geometry {
+            Geometry::Planar(planar) => (
+                planar.channels.saturating_mul(planar.blocks()),
+                (planar.planes * planar.pitch()).div_ceil(MAP_STRETCH),
+            ),
+            Geometry::Rows(rows) => (
+                rows.blocks().saturating_mul(self.tiles(rows)),
+                (rows.rows * rows.channels).div_ceil(row_stretch(rows)),
+            ),
+        };
+        pieces(self.workers, blocks.max(stretches)).saturating_mul(room_for(self.packed()))
     }
 
     /// That of one piece, from the scratch of all.
