@@ -69,11 +69,11 @@ impl Numbers {
         z ^ (z >> 31)
     }
 
-    /// About normal, from -4 to 4.
+    /// About normal, from -4 to 4, with as many digits as f64 has: sums of short numbers would not round.
     fn normal(&mut self) -> f64 {
         let bits = self.next();
         let sum: i64 = (0..4).map(|i| (bits >> (16 * i) & 0xffff) as i64).sum();
-        (sum - 0x20000) as f64 / 32768.0
+        ((sum - 0x20000) as f64 + (self.next() >> 11) as f64 / 2f64.powi(53)) / 32768.0
     }
 
     fn params<P: Real>(&mut self, len: usize) -> Vec<P> {
@@ -95,12 +95,14 @@ impl Numbers {
                 Layout::ChannelsLast => i % shape.channels(),
             };
             let v = self.normal();
-            let v = match (channel + shape.len()) % 7 {
+            let v = match (channel + shape.len()) % 8 {
                 0 => 1000.0 + v,
                 1 if i % 61 == channel => 4096.0 * v,
                 2 => huge * v,
                 3 => tiny * v,
                 4 => 12.3,
+                // f64 sums of f32 values round only where these are of very different sizes.
+                5 => v / 2f64.powi(i as i32 % far),
                 _ => v,
             };
             E::from_param(E::Param::from_f64(v))
