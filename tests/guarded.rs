@@ -423,7 +423,13 @@ fn calls<E: Tested>() -> Vec<Call<E>> {
         }),
         call("backward_in_place", |bn, m| {
             let affine = Affine::new(&m.gamma, &m.beta).with_activation(LEAKY);
-            bn.backward_in_place(&m.x, &mut m.dy, &m.saved, affine, Some(&mut m.dgamma), Some(&mut m.dbeta))
+            bn.backward_in_place(
+                &m.x,
+                &mut m.dy,
+                &m.saved,
+                affine,
+                Gradients { dgamma: Some(&mut m.dgamma), dbeta: Some(&mut m.dbeta), ..Default::default() },
+            )
         }),
         call("input_gradient_in_place", |bn, m| {
             bn.input_gradient_in_place(&m.x, &mut m.dy, &m.saved, Affine::scale(&m.gamma), &m.sums)
@@ -438,7 +444,13 @@ fn calls<E: Tested>() -> Vec<Call<E>> {
             let ghost = bn.clone().ghost(2)?;
             let (affine, mut saved) = (Affine::new(&m.gamma, &m.beta).with_activation(LEAKY), ghost.saved());
             ghost.forward_train_in_place(&mut m.x, affine, &mut saved)?;
-            ghost.backward_in_place(&m.x, &mut m.dy, &saved, affine, Some(&mut m.dgamma), Some(&mut m.dbeta))
+            ghost.backward_in_place(
+                &m.x,
+                &mut m.dy,
+                &saved,
+                affine,
+                Gradients { dgamma: Some(&mut m.dgamma), dbeta: Some(&mut m.dbeta), ..Default::default() },
+            )
         }),
     ];
     calls.extend(E::more());

@@ -245,7 +245,7 @@ fn back<E: Stored>(
     hash.put_all([&dx, &dresidual]);
     hash.put_all([&dgamma, &dbeta]);
     dx.copy_from_slice(&args.dy);
-    bn.backward_in_place(x, &mut dx, saved, affine, None, Some(&mut dbeta))?;
+    bn.backward_in_place(x, &mut dx, saved, affine, Gradients { dbeta: Some(&mut dbeta), ..Default::default() })?;
     bn.backward(x, &args.dy, saved, affine, Gradients { dgamma: Some(&mut dgamma), ..Default::default() })?;
     hash.put(&dx);
     hash.put_all([&dgamma, &dbeta]);
@@ -379,7 +379,8 @@ fn ghost<E: Stored>(cell: &Cell, args: &Args<E>, hash: &mut Hash) -> Result<()> 
     let (mut y, mut dx, mut dgamma, mut dbeta) = (args.blank(), args.dy.clone(), args.zeros(), args.zeros());
     let mut saved = ghost.saved();
     ghost.forward_train(&args.x, args.affine(), &mut y, &mut saved)?;
-    ghost.backward_in_place(&args.x, &mut dx, &saved, args.affine(), Some(&mut dgamma), Some(&mut dbeta))?;
+    let gradients = Gradients { dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta), ..Default::default() };
+    ghost.backward_in_place(&args.x, &mut dx, &saved, args.affine(), gradients)?;
     hash.put_all([&y, &dx]);
     hash.put_all([&dgamma, &dbeta]);
     saved.iter().for_each(|saved| hash.saved(saved));
