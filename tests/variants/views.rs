@@ -6,7 +6,7 @@ use batchnorm::{
 };
 use batchnorm::{Population, Real, SecondGradients, Shape, View};
 
-use crate::common::{Bits, Data, assert_bits, plan};
+use crate::common::{Bits, Data, assert_bits, plan, tiers};
 use crate::{Cell, EPS};
 
 /// A tensor in memory: where each element of the dense one lies, and what else belongs to it, which becomes zero.
@@ -330,4 +330,16 @@ fn a_mask_that_hides_all_leaves_zeros() {
     assert_eq!(y, [7.0; 24]);
     bn.forward_infer(&x, Affine::none(), Population { mean: &[0.0; 3], var: &[1.0; 3] }, &mut y).unwrap();
     assert_eq!(y, [0.0; 24]);
+}
+
+/// Packed stretches that begin where neither vectors nor, in the last one, rows do.
+#[test]
+fn long_tensors_are_packed_in_many_stretches() {
+    for tier in tiers() {
+        for shape in [Shape::nhwc(1, 3, 6, 2051), Shape::nhwc(1, 90, 70, 7), Shape::nchw(3, 13, 37, 29)] {
+            let cell = Cell { shape: shape.unwrap(), tier };
+            strided::<f32>(cell);
+            strided::<f64>(cell);
+        }
+    }
 }
