@@ -68,7 +68,7 @@ impl<'a, E: Element> Upstreams<'a, E> {
         if !self.is_output {
             return (mean[c], residue[c], inv_std[c]);
         }
-        let (gamma, beta) = self.saved.statistics(c..c + 1).line(self.affine, c, 0);
+        let (gamma, beta) = self.saved.line(self.affine, c);
         let rounded = E::Param::from_f64(beta);
         (rounded, E::Param::from_f64(beta - rounded.to_f64()), E::Param::from_f64(1.0 / gamma))
     }
@@ -136,8 +136,8 @@ impl<E: Element, U, const K: usize> GradientSumsOf<'_, E, U, K> {
         let (mean, _, inv_std) = self.from.centre(c);
         (params[0], params[1]) = (mean, inv_std);
         if K > 2 {
-            let [_, scale, shift] = self.from.lines(c..c + 1);
-            (params[K - 2], params[K - 1]) = (scale[0], shift[0]);
+            let [_, scale, shift] = self.from.saved.coefficients(self.from.affine, c);
+            (params[K - 2], params[K - 1]) = (scale, shift);
         }
         params
     }

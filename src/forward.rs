@@ -25,18 +25,20 @@ pub(crate) struct Statistics<P> {
 }
 
 impl<P> Statistics<P> {
-    /// What takes the place of gamma and beta in channel `c`, the `i`-th of these: `gamma * r` and `beta + gamma * d`.
+    /// [`corrected`] gamma and beta of channel `c`, the `i`-th of these.
     #[inline(always)]
     pub(crate) fn line<E: Element<Param = P>>(&self, affine: Affine<'_, E>, c: usize, i: usize) -> (f64, f64)
     where
         P: Real,
     {
-        let (gamma, beta) = affine.channel(c);
-        match &self.corrections {
-            Some([r, d]) => (gamma * r[i], beta + gamma * d[i]),
-            None => (gamma, beta),
-        }
+        corrected(affine.channel(c), self.corrections.as_ref().map(|[r, d]| [r[i], d[i]]))
     }
+}
+
+/// What takes the place of gamma and beta where there are corrections: `gamma * r` and `beta + gamma * d`.
+#[inline(always)]
+fn corrected((gamma, beta): (f64, f64), corrections: Option<[f64; 2]>) -> (f64, f64) {
+    corrections.map_or((gamma, beta), |[r, d]| (gamma * r, beta + gamma * d))
 }
 
 impl<P: Real> Saved<P> {
@@ -48,6 +50,19 @@ impl<P: Real> Saved<P> {
             inv_std: inv_std.map(Real::to_f64),
             corrections: self.renorm.as_ref().map(|renorm| renorm.corrections(channels)),
         }
+    }
+
+    /// [`corrected`] gamma and beta of one channel.
+    #[inline(always)]
+    pub(crate) fn line<E: Element<Param = P>>(&self, affine: Affine<'_, E>, c: usize) -> (f64, f64) {
+        corrected(affine.channel(c), self.renorm.as_ref().map(|renorm| renorm.correction(c)))
+    }
+
+    /// `[hi, scale, shift]` of one channel.
+    #[inline(always)]
+    pub(crate) fn coefficients<E: Element<Param = P>>(&self, affine: Affine<'_, E>, c: usize) -> [P; 3] {
+        let (gamma, beta) = self.line(affine, c);
+        normalize::coefficients(self.mean[c], self.residue[c], self.inv_std[c].to_f64(), gamma, beta)
     }
 }
 

@@ -372,8 +372,7 @@ impl<E: Element> BatchNorm<E> {
             return Err(Error::NotInvertible);
         }
         for channel in 0..self.shape.channels() {
-            let statistics = saved.statistics(channel..channel + 1);
-            let (gamma, beta) = statistics.line(affine, channel, 0);
+            let (gamma, beta) = saved.line(affine, channel);
             // A power of two for each half digit, and reciprocals that are normal numbers.
             let least = (beta.abs() / f64::from(1u32 << (E::DIGITS / 2))).max(1e-30);
             if gamma.is_nan() || beta.is_nan() || gamma.abs() < least {

@@ -70,6 +70,12 @@ impl<P: Real> Renorm<P> {
         [&self.r, &self.d].map(|of| each(Some(of), channels.clone(), P::default()).map(Real::to_f64))
     }
 
+    /// `r` and `d` of one channel.
+    #[inline(always)]
+    pub(crate) fn correction(&self, c: usize) -> [f64; 2] {
+        [self.r[c].to_f64(), self.d[c].to_f64()]
+    }
+
     pub(crate) fn recorder(&mut self) -> RenormTo<'_, P> {
         let Self { limits, mean, var, r, d } = self;
         RenormTo { limits: *limits, population: Population { mean, var }, out: [r, d].map(|out| Disjoint::new(out)) }

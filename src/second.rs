@@ -206,16 +206,15 @@ impl<E: Element> Twice<'_, E> {
 
     fn channel(&self, c: usize) -> Channel {
         let Upstreams { saved, affine, .. } = self.from;
-        let statistics = saved.statistics(c..c + 1);
-        let (gamma, _) = statistics.line(affine, c, 0);
-        let [r, d] = statistics.corrections.map_or([1.0, 0.0], |corrections| corrections.map(|each| each[0]));
+        let (gamma, _) = saved.line(affine, c);
+        let [r, d] = saved.renorm.as_ref().map_or([1.0, 0.0], |renorm| renorm.correction(c));
         let [w, u] = [self.of_dgamma, self.of_dbeta].map(|of| of.map_or(0.0, |of| of[c].to_f64()));
         // SAFETY: the reductions are over.
         let mut means = unsafe { self.means.slice(c..c + 1) }[0];
         if saved.frozen {
             means[..4].fill(0.0);
         }
-        let s = statistics.inv_std[0];
+        let s = saved.inv_std[c].to_f64();
         Channel { s, r, scale: gamma * s, of_xhat: w * r, beside: u + w * d, means }
     }
 
