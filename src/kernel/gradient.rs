@@ -134,7 +134,11 @@ impl<E: Element> Packs<E> for Gated<'_, E> {
 impl<E: Element> Upstream<E> for Gated<'_, E> {
     #[inline(always)]
     fn rebuild<I: Isa>(&self, isa: I, x: Compute<I, E>) -> Compute<I, E> {
-        self.unbend.apply(isa, x, x)
+        // Only an output is bent; a branch that never changes costs less than the bend.
+        match self.gate {
+            Gate::Output(_) => self.unbend.apply(isa, x, x),
+            _ => x,
+        }
     }
 
     #[inline(always)]
