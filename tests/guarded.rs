@@ -175,6 +175,8 @@ struct Sizes {
     n: usize,
     positions: usize,
     spatial: usize,
+    /// Bytes for bits of elements.
+    gates: usize,
 }
 
 /// Makes the struct of all arguments: for each its type and its first values.
@@ -263,6 +265,7 @@ memory! {
     mask: bool = |s| (0..s.positions).map(|i| i % 5 != 3).collect(),
     integers: i8 = |s| bytes(s.dense),
     integers_out: i8 = |s| bytes(s.dense),
+    gates: u8 = |s| vec![0xa5; s.gates],
 }
 
 /// An operation on arguments in memory. The arguments of one are what those before it left.
@@ -329,6 +332,15 @@ fn calls<E: Tested>() -> Vec<Call<E>> {
         call("backward of ReLU with the output", |bn, m| {
             let gradients = Gradients { dx: Some(&mut m.dx), dresidual: Some(&mut m.dresidual), ..Default::default() };
             let affine = Affine::new(&m.gamma, &m.beta).with_activation(Activation::Relu).with_output(&m.output);
+            bn.backward(&m.x, &m.dy, &m.saved, affine, gradients)
+        }),
+        call("forward_train with bits", |bn, m| {
+            let affine = Affine::new(&m.gamma, &m.beta).with_activation(LEAKY).with_gates_to(&mut m.gates);
+            bn.forward_train(&m.x, affine, &mut m.y, &mut m.saved)
+        }),
+        call("backward of a leaky ReLU with bits", |bn, m| {
+            let gradients = Gradients { dx: Some(&mut m.dx), dresidual: Some(&mut m.dresidual), ..Default::default() };
+            let affine = Affine::new(&m.gamma, &m.beta).with_activation(LEAKY).with_gates(&m.gates);
             bn.backward(&m.x, &m.dy, &m.saved, affine, gradients)
         }),
         call("gradient_sums", |bn, m| {
@@ -522,7 +534,8 @@ fn check<E: Tested>(shape: Shape) -> usize {
     let of_tiers: Vec<_> = tiers.iter().map(|&tier| plans::<E>(shape, tier)).collect();
     for (k, (name, first, [x, y])) in of_tiers[0].iter().enumerate() {
         let (n, spatial) = (shape.batch(), shape.spatial());
-        let sizes = Sizes { x: *x, y: *y, dense: shape.len(), c: shape.channels(), n, positions: n * spatial, spatial };
+        let (c, gates) = (shape.channels(), first.gates_len());
+        let sizes = Sizes { x: *x, y: *y, dense: shape.len(), c, n, positions: n * spatial, spatial, gates };
         let fresh = Memory::<E>::new(&sizes);
         // In step, so that what differs is named at once.
         let mut ordinary = fresh.placed(Place::Ordinary);

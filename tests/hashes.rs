@@ -192,6 +192,7 @@ fn registry<E: Stored>() -> Vec<(&'static str, Operation<E>)> {
         ("gradient_halves", gradient_halves),
         ("accumulated", accumulated),
         ("activated", activated),
+        ("gated", gated),
         ("frozen", frozen),
         ("renormalized", renormalized),
         ("ghost", ghost),
@@ -353,6 +354,18 @@ fn activated<E: Stored>(cell: &Cell, args: &Args<E>, hash: &mut Hash) -> Result<
         back(&bn, &args.x, args, affine.with_output(&y), &saved, hash)?;
     }
     Ok(())
+}
+
+fn gated<E: Stored>(cell: &Cell, args: &Args<E>, hash: &mut Hash) -> Result<()> {
+    let (bn, mut y) = (cell.plan::<E>(), args.blank());
+    let (mut gates, mut saved) = (vec![0; bn.gates_len()], bn.saved());
+    let affine = args.affine().with_activation(Activation::LeakyRelu(0.3)).with_residual(&args.z);
+    bn.forward_train(&args.x, affine.with_gates_to(&mut gates), &mut y, &mut saved)?;
+    hash.put(&y);
+    hash.put(&gates.iter().map(|&bits| f32::from(bits)).collect::<Vec<_>>());
+    // Bits of no forward pass, so that they alone can be what is seen.
+    gates.iter_mut().zip((0u8..=255).cycle()).for_each(|(bits, i)| *bits ^= i.wrapping_mul(73));
+    back(&bn, &args.x, args, affine.with_gates(&gates), &saved, hash)
 }
 
 fn frozen<E: Stored>(cell: &Cell, args: &Args<E>, hash: &mut Hash) -> Result<()> {

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Memory checks of the test suite: `tests/sanitize.sh address|valgrind|thread|unsafe`. See docs/testing-memory.md.
+# Memory checks of the test suite: `tests/sanitize.sh address|valgrind|thread|unsafe`. See docs/testing.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -25,7 +25,7 @@ valgrind)
     ;;
 thread)
     # Data races between the threads of a pass and between callers. The standard library is not instrumented without
-    # -Zbuild-std, so what it synchronizes is seen in part: see docs/testing-memory.md.
+    # -Zbuild-std, so what it synchronizes is seen in part: see docs/testing.md.
     export CARGO_TARGET_DIR=$target/thread RUSTFLAGS="-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer"
     cargo +nightly test --all-features --target $host --test load
     ;;

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What the crate depends on, and what depends on it: licences, sources, advisories, each feature alone, least versions, the public
-# interface. `tests/supply-chain.sh [deny] [features] [minimal] [semver]`, all of them by default. See docs/testing-memory.md.
+# interface. `tests/supply-chain.sh [deny] [features] [minimal] [semver]`, all of them by default. See docs/testing.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
