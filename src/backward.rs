@@ -61,16 +61,16 @@ impl<'a, E: Element> Upstreams<'a, E> {
         lines(self.affine, channels.clone(), &self.saved.statistics(channels))
     }
 
-    /// A channel's `(mean, residue, inv_std)` of what is read: of the input, or of the output, whose mean and standard deviation
-    /// are beta and gamma. `xhat = (x - mean - residue) * inv_std`.
-    pub(crate) fn centre(&self, c: usize) -> (E::Param, E::Param, E::Param) {
-        let Saved { mean, residue, inv_std, .. } = self.saved;
+    /// A channel's `(hi, residue, inv_std)` of what is read: of the input, or of the output, whose mean and standard deviation
+    /// are beta and gamma. `xhat = (x - hi - residue) * inv_std`.
+    pub(crate) fn centre(&self, c: usize) -> (E::Param, f64, E::Param) {
         if !self.is_output {
-            return (mean[c], residue[c], inv_std[c]);
+            let (hi, residue) = self.saved.centre(c);
+            return (hi, residue, self.saved.inv_std[c]);
         }
         let (gamma, beta) = self.saved.line(self.affine, c);
         let rounded = E::Param::from_f64(beta);
-        (rounded, E::Param::from_f64(beta - rounded.to_f64()), E::Param::from_f64(1.0 / gamma))
+        (rounded, beta - rounded.to_f64(), E::Param::from_f64(1.0 / gamma))
     }
 
     /// `[sum(dy), sum(dy * xhat)]` from what the kernels left, which took the rounded mean for the mean.
@@ -78,7 +78,7 @@ impl<'a, E: Element> Upstreams<'a, E> {
         let mut sums = [*dy, *dy_xhat];
         for (i, c) in channels.enumerate() {
             let (_, residue, inv_std) = self.centre(c);
-            let lacking = residue.to_f64() * inv_std.to_f64();
+            let lacking = residue * inv_std.to_f64();
             sums[1][i] -= lacking * dy[i];
         }
         sums
@@ -133,8 +133,8 @@ impl<E: Element, U, const K: usize> GradientSumsOf<'_, E, U, K> {
             params[1] = E::Param::from_f64(1.0);
             return params;
         }
-        let (mean, _, inv_std) = self.from.centre(c);
-        (params[0], params[1]) = (mean, inv_std);
+        let (hi, _, inv_std) = self.from.centre(c);
+        (params[0], params[1]) = (hi, inv_std);
         if K > 2 {
             let [_, scale, shift] = self.from.saved.coefficients(self.from.affine, c);
             (params[K - 2], params[K - 1]) = (scale, shift);

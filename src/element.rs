@@ -31,6 +31,8 @@ pub trait Real:
     /// The nearest value, the largest finite one in place of an overflow: a factor that stays finite
     /// keeps `0 * factor` at zero.
     fn from_f64_saturating(value: f64) -> Self;
+    /// The largest finite value.
+    const LARGEST: f64;
     /// Below this mean of squares, squares may have lost bits to underflow.
     const TINY_SQUARE: f64;
     /// A power of two that brings values with such squares to where none loses a bit.
@@ -63,6 +65,7 @@ impl Real for f32 {
     fn from_f64_saturating(value: f64) -> f32 {
         if value.is_finite() { (value as f32).clamp(f32::MIN, f32::MAX) } else { value as f32 }
     }
+    const LARGEST: f64 = f32::MAX as f64;
     // 2^-100: single squares down to 2^-26 of the mean are still normal numbers.
     const TINY_SQUARE: f64 = 7.888609052210118e-31;
     // 2^100: the square of the least number, 2^-149, becomes 2^-98.
@@ -95,6 +98,7 @@ impl Real for f64 {
     fn from_f64_saturating(value: f64) -> f64 {
         value
     }
+    const LARGEST: f64 = f64::MAX;
     // Nothing asks for the moments of values below 1e-150.
     const TINY_SQUARE: f64 = 0.0;
     const ENLARGED: f64 = 1.0;

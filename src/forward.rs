@@ -7,7 +7,7 @@ use crate::element::{Element, Real};
 use crate::grid::{Band, Runs};
 use crate::kernel::sums::{Columns, RowBlock, RunSums};
 use crate::kernel::{moments, normalize};
-use crate::moments::{MergeWeights, Saved};
+use crate::moments::{MergeWeights, Saved, centre, reach};
 use crate::pass::{BATCH, Each, Reduction};
 use crate::renorm::Corrections;
 use crate::simd::Isa;
@@ -20,6 +20,8 @@ pub(crate) struct Statistics<P> {
     pub(crate) mean: Each<P>,
     pub(crate) residue: Each<P>,
     pub(crate) inv_std: Each<f64>,
+    /// How many standard deviations values may lie from the mean.
+    pub(crate) reach: f64,
     /// Those of Batch Renormalization, if any.
     pub(crate) corrections: Option<Corrections>,
 }
@@ -48,6 +50,7 @@ impl<P: Real> Saved<P> {
             mean: each(Some(&self.mean), channels.clone(), P::default()),
             residue: each(Some(&self.residue), channels.clone(), P::default()),
             inv_std: inv_std.map(Real::to_f64),
+            reach: reach(self.count),
             corrections: self.renorm.as_ref().map(|renorm| renorm.corrections(channels)),
         }
     }
@@ -62,7 +65,13 @@ impl<P: Real> Saved<P> {
     #[inline(always)]
     pub(crate) fn coefficients<E: Element<Param = P>>(&self, affine: Affine<'_, E>, c: usize) -> [P; 3] {
         let (gamma, beta) = self.line(affine, c);
-        normalize::coefficients(self.mean[c], self.residue[c], self.inv_std[c].to_f64(), gamma, beta)
+        normalize::coefficients(self.centre(c), self.inv_std[c].to_f64(), gamma, beta)
+    }
+
+    /// [`centre`] of one channel.
+    #[inline(always)]
+    pub(crate) fn centre(&self, c: usize) -> (P, f64) {
+        centre(self.mean[c], self.residue[c], self.inv_std[c].to_f64(), reach(self.count))
     }
 }
 
@@ -133,7 +142,8 @@ pub(crate) fn lines<E: Element>(
     let mut all = [[E::Param::default(); BATCH]; 3];
     for (i, c) in channels.enumerate() {
         let (gamma, beta) = given.line(affine, c, i);
-        let one = normalize::coefficients(given.mean[i], given.residue[i], given.inv_std[i], gamma, beta);
+        let centre = centre(given.mean[i], given.residue[i], given.inv_std[i], given.reach);
+        let one = normalize::coefficients(centre, given.inv_std[i], gamma, beta);
         [all[0][i], all[1][i], all[2][i]] = one;
     }
     all

@@ -70,6 +70,23 @@ pub(crate) fn inv_std(var: f64, eps: f64) -> f64 {
     if square == 0.0 { 0.0 } else { 1.0 / square.sqrt() }
 }
 
+/// How many standard deviations a value may lie from the mean of `count` of them: `sqrt(count)` (Samuelson, "How deviant can
+/// you be?", 1968). Of a population, whose count is not known (0), few lie further than this.
+pub(crate) fn reach(count: u64) -> f64 {
+    if count == 0 { 4096.0 } else { (count as f64).sqrt() }
+}
+
+/// What is taken from the values of a channel, and what the mean has beyond it: the rounded mean and its residue; or zero
+/// and all of the mean, where a value may be further from it than the type holds. xhat is then off by an ulp of `|mean|/std`,
+/// about as much as the values themselves were rounded by, and finite.
+#[inline(always)]
+pub(crate) fn centre<R: Real>(mean: R, residue: R, inv_std: f64, reach: f64) -> (R, f64) {
+    if R::LARGEST * inv_std < reach {
+        return (R::default(), mean.to_f64() + residue.to_f64());
+    }
+    (mean, residue.to_f64())
+}
+
 /// The number of values that all channels have seen; there is at least one channel.
 pub(crate) fn common_count(moments: &[Moments]) -> Result<u64> {
     let expected = moments[0].count;
@@ -279,6 +296,7 @@ impl<P: Real> Saved<P> {
             fields: [mean, residue, var, inv_std].map(|field| Disjoint::new(field)),
             renorm: renorm.as_mut().map(Renorm::recorder),
             count: count as f64,
+            reach: reach(count),
             eps,
         }
     }
@@ -301,6 +319,7 @@ pub(crate) struct Recorder<'a, P> {
     fields: [Disjoint<'a, P>; 4],
     renorm: Option<RenormTo<'a, P>>,
     count: f64,
+    reach: f64,
     eps: f64,
 }
 
@@ -309,7 +328,7 @@ impl<P: Real> Keep<3> for Recorder<'_, P> {
     type Kept = Statistics<P>;
 
     unsafe fn keep(&self, channels: Range<usize>, [mean, residue, m2]: &[Each<f64>; 3]) -> Statistics<P> {
-        let mut kept = Statistics::default();
+        let mut kept = Statistics { reach: self.reach, ..Default::default() };
         let (mut var, mut inv_std_of) = ([P::default(); BATCH], [P::default(); BATCH]);
         let mut exact = [0.0; BATCH];
         for i in 0..channels.len() {

@@ -13,7 +13,7 @@ use crate::forward::{MomentsOf, Statistics, each, lines};
 use crate::kernel::gradient::{Pair, Upstream};
 use crate::kernel::map::Target;
 use crate::kernel::normalize::{Activated, Normalize};
-use crate::moments::{AffineGradientsTo, GradientSums, Keep, MomentsTo, Recorder, Saved, SumsTo, inv_std};
+use crate::moments::{AffineGradientsTo, GradientSums, Keep, MomentsTo, Recorder, Saved, SumsTo, inv_std, reach};
 use crate::pass::{BATCH, Context};
 use crate::running::Population;
 use crate::scratch::{Need, Scratch};
@@ -34,6 +34,7 @@ impl<P: Real> Origin<'_, P> {
                 mean: each(Some(mean), channels.clone(), P::default()),
                 residue: [P::default(); BATCH],
                 inv_std: each(Some(var), channels, P::default()).map(|var| inv_std(var.to_f64(), *eps)),
+                reach: reach(0),
                 corrections: None,
             },
         }

@@ -189,8 +189,12 @@ fn close_block<R: Real>(
     }
     let (s, q) = sums;
     let (mean, residue) = two_sum(shift, s / n);
-    let m2 = q - s * (s / n);
-    [mean, residue, if m2 < 0.0 { 0.0 } else { m2 }]
+    let m2 = match q - s * (s / n) {
+        _ if q == f64::INFINITY && s.is_finite() => q,
+        m2 if m2 < 0.0 => 0.0,
+        m2 => m2,
+    };
+    [mean, residue, m2]
 }
 
 /// The mean of four values, unless it overflows.
@@ -318,22 +322,37 @@ fn corrected<E: Element>(affine: Affine<'_, E>, c: usize, renorm: Option<&Renorm
     }
 }
 
-/// A channel's `(hi, scale, shift)`, from its mean, residue and inv_std.
+/// What is taken from the values of a channel, and what its mean has beyond it: zero and all of the mean where one of `count`
+/// values, 2^24 if that is 0, may lie further from the mean than the type holds.
+fn centre<P: Real>(mean: P, residue: P, inv_std: f64, count: u64) -> (P, f64) {
+    let count = if count == 0 { 16_777_216.0 } else { count as f64 };
+    if P::LARGEST * inv_std < count.sqrt() {
+        (P::default(), mean.to_f64() + residue.to_f64())
+    } else {
+        (mean, residue.to_f64())
+    }
+}
+
+/// [`centre`] of saved statistics.
+fn centre_of<P: Real>(saved: &Saved<P>, c: usize) -> (P, f64) {
+    centre(saved.mean[c], saved.residue[c], saved.inv_std[c].to_f64(), saved.count)
+}
+
+/// A channel's `(hi, scale, shift)`, from its [`centre`] and inv_std.
 fn line<E: Element>(
     affine: Affine<'_, E>,
     c: usize,
-    (mean, residue, inv_std): (E::Param, f64, f64),
+    ((hi, residue), inv_std): ((E::Param, f64), f64),
     renorm: Option<&Renorm<E::Param>>,
 ) -> (E::Param, E::Param, E::Param) {
     let (gamma, beta) = corrected(affine, c, renorm);
     let scale = gamma * inv_std;
-    (mean, E::Param::from_f64_saturating(scale), E::Param::from_f64(beta - residue * scale))
+    (hi, E::Param::from_f64_saturating(scale), E::Param::from_f64(beta - residue * scale))
 }
 
 /// The same from saved statistics.
 fn line_of<E: Element>(affine: Affine<'_, E>, c: usize, saved: &Saved<E::Param>) -> (E::Param, E::Param, E::Param) {
-    let statistics = (saved.mean[c], saved.residue[c].to_f64(), saved.inv_std[c].to_f64());
-    line(affine, c, statistics, saved.renorm.as_ref())
+    line(affine, c, (centre_of(saved, c), saved.inv_std[c].to_f64()), saved.renorm.as_ref())
 }
 
 /// `(x - hi) * scale + shift + residual`, of element `i`.
@@ -423,8 +442,11 @@ pub fn forward_infer<E: Element>(
     population: Population<'_, E::Param>,
     eps: f64,
 ) -> Vec<E> {
-    let inv_std = |c: usize| inv_std(population.var[c].to_f64(), eps);
-    affine_map(shape, x, affine, |c| line(affine, c, (population.mean[c], 0.0, inv_std(c)), None))
+    affine_map(shape, x, affine, |c| {
+        let inv_std = inv_std(population.var[c].to_f64(), eps);
+        let centre = centre(population.mean[c], E::Param::default(), inv_std, 0);
+        line(affine, c, (centre, inv_std), None)
+    })
 }
 
 /// What a backward pass reads in the place of xhat: the input, or the output.
@@ -447,14 +469,15 @@ impl<E: Element> Read<'_, E> {
         }
     }
 
-    /// `(mean, residue, inv_std)` of the values of a channel: those of the input, or beta and gamma's.
-    fn centre(&self, c: usize) -> (E::Param, E::Param, E::Param) {
+    /// `(hi, residue, inv_std)` of the values of a channel: those of the input, or beta and gamma's.
+    fn centre(&self, c: usize) -> (E::Param, f64, E::Param) {
         if !self.is_output {
-            return (self.saved.mean[c], self.saved.residue[c], self.saved.inv_std[c]);
+            let (hi, residue) = centre_of(self.saved, c);
+            return (hi, residue, self.saved.inv_std[c]);
         }
         let (gamma, beta) = corrected(self.affine, c, self.saved.renorm.as_ref());
         let rounded = E::Param::from_f64(beta);
-        (rounded, E::Param::from_f64(beta - rounded.to_f64()), E::Param::from_f64(1.0 / gamma))
+        (rounded, beta - rounded.to_f64(), E::Param::from_f64(1.0 / gamma))
     }
 
     fn signs(&self, shape: &Shape) -> Vec<E::Param> {
@@ -537,7 +560,7 @@ fn sums_of<E: Element>(shape: &Shape, read: &Read<'_, E>, dy: &[E]) -> Vec<Gradi
     let close = |(c, total): (usize, Option<(f64, f64)>)| {
         let (dy, dy_h) = total.unwrap_or_default();
         let (_, residue, inv_std) = read.centre(c);
-        let lacking = residue.to_f64() * inv_std.to_f64();
+        let lacking = residue * inv_std.to_f64();
         GradientSums { dy, dy_xhat: dy_h - lacking * dy }
     };
     total.into_iter().enumerate().map(close).collect()
@@ -570,7 +593,7 @@ fn gradient_of<E: Element>(shape: &Shape, read: &Read<'_, E>, dy: &[E], sums: &[
         let dy_mean = sums[c].dy / count;
         let rounded = E::Param::from_f64(dy_mean);
         let (mean, residue, inv_std) = read.centre(c);
-        let shift = -(dy_mean - rounded.to_f64()) * scale - residue.to_f64() * inv_std.to_f64() * slope;
+        let shift = -(dy_mean - rounded.to_f64()) * scale - residue * inv_std.to_f64() * slope;
         let centred = (dy - rounded) * E::Param::from_f64_saturating(scale) + E::Param::from_f64(shift);
         let xhat = (read.value(i) - mean) * inv_std;
         E::from_param(centred + xhat * E::Param::from_f64(slope))
@@ -634,10 +657,11 @@ pub fn double_backward<E: Element>(
         let scale = corrected(affine, c, saved.renorm.as_ref()).0 * s;
         of_gamma[c] = narrow(r * m * (s * (d - mean_v * a - b * cx)));
 
-        let xhat = |i: usize| (x[i].to_param() - saved.mean[c]) * saved.inv_std[c];
+        let (centre, residue) = centre_of(saved, c);
+        let xhat = |i: usize| (x[i].to_param() - centre) * saved.inv_std[c];
         let map = |i: usize, of: &[E], mean: f64, scale: f64, slope: f64, beside: f64| {
             let rounded = narrow(mean);
-            let shift = -(mean - rounded.to_f64()) * scale - saved.residue[c].to_f64() * s * slope + beside;
+            let shift = -(mean - rounded.to_f64()) * scale - residue * s * slope + beside;
             let scaled = (of[i].to_param() - rounded) * E::Param::from_f64_saturating(scale) + narrow(shift);
             E::from_param(scaled + xhat(i) * narrow(slope))
         };

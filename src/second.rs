@@ -255,7 +255,8 @@ impl<E: Element> Twice<'_, E> {
             let Channel { s, scale, means: [_, b, v, ..], .. } = self.channel(c);
             let rounded = E::Param::from_f64(v);
             let residue = E::Param::from_f64(v - rounded.to_f64());
-            [all[0][i], all[1][i], all[2][i]] = normalize::coefficients(rounded, residue, s, -scale * b, 0.0);
+            [all[0][i], all[1][i], all[2][i]] =
+                normalize::coefficients((rounded, residue.to_f64()), s, -scale * b, 0.0);
         }
         all
     }

@@ -390,14 +390,14 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element, U: Upstream<E>, const K: usize>
 /// type and what they lack is in `shift`, with what is added beside.
 #[inline(always)]
 pub(crate) fn coefficients<R: Real>(
-    (mean, residue, inv_std): (R, R, R),
+    (hi, residue, inv_std): (R, f64, R),
     slope: f64,
     (dy_mean, scale): (f64, f64),
     beside: f64,
 ) -> [R; 6] {
     let rounded = R::from_f64(dy_mean);
-    let shift = -(dy_mean - rounded.to_f64()) * scale - residue.to_f64() * inv_std.to_f64() * slope;
-    [mean, inv_std, R::from_f64(slope), rounded, R::from_f64_saturating(scale), R::from_f64(shift + beside)]
+    let shift = -(dy_mean - rounded.to_f64()) * scale - residue * inv_std.to_f64() * slope;
+    [hi, inv_std, R::from_f64(slope), rounded, R::from_f64_saturating(scale), R::from_f64(shift + beside)]
 }
 
 /// `dx`. After the six coefficients comes the forward pass's shift, where the upstream gradient needs it; its scale is among

@@ -118,7 +118,8 @@ impl Shifted {
         let offset = self.s / self.n;
         let (mean, residue) = two_sum(self.shift, offset);
         let m2 = self.q - self.s * offset;
-        // The comparison keeps a NaN.
+        // Squares of finite values that overflow make an infinity, not a NaN. The comparison below keeps a NaN.
+        let m2 = if (self.q == f64::INFINITY) & (self.s.abs() < f64::INFINITY) { self.q } else { m2 };
         [mean, residue, if m2 < 0.0 { 0.0 } else { m2 }]
     }
 }

@@ -1,6 +1,6 @@
 //! `y = gamma * (x - mean) * inv_std + beta`, in the centred form.
 //!
-//! With `hi` the mean rounded to the computed type and `scale = gamma * inv_std`, `y = (x - hi) * scale + shift`:
+//! With `hi` the mean rounded to the computed type (see [`centre`](crate::moments::centre)) and `scale = gamma * inv_std`, `y = (x - hi) * scale + shift`:
 //! the difference is exact near the mean, and what `hi` lacks of the mean is in `shift`.
 
 use super::map::Map;
@@ -11,11 +11,11 @@ use crate::simd::{Compute, Isa, Vector};
 use crate::tensor::Source;
 use crate::view::{Pack, Packs};
 
-/// A channel's `[hi, scale, shift]`.
+/// A channel's `[hi, scale, shift]` from `hi` and what the mean has beyond it.
 #[inline(always)]
-pub(crate) fn coefficients<R: Real>(mean: R, residue: R, inv_std: f64, gamma: f64, beta: f64) -> [R; 3] {
+pub(crate) fn coefficients<R: Real>((hi, residue): (R, f64), inv_std: f64, gamma: f64, beta: f64) -> [R; 3] {
     let scale = gamma * inv_std;
-    [mean, R::from_f64_saturating(scale), R::from_f64(beta - residue.to_f64() * scale)]
+    [hi, R::from_f64_saturating(scale), R::from_f64(beta - residue * scale)]
 }
 
 /// `y` from `x`.

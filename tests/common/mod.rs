@@ -77,6 +77,8 @@ pub enum Data {
     Outliers,
     /// Squares overflow f32.
     Huge,
+    /// From one end of f32 to the other, so that differences overflow.
+    Largest,
     /// Squares underflow f32, values are subnormal at times.
     Tiny,
     /// Infinities and NaNs at some places.
@@ -84,8 +86,16 @@ pub enum Data {
 }
 
 impl Data {
-    pub const ALL: [Data; 7] =
-        [Data::Normal, Data::Offset, Data::Constant, Data::Outliers, Data::Huge, Data::Tiny, Data::Special];
+    pub const ALL: [Data; 8] = [
+        Data::Normal,
+        Data::Offset,
+        Data::Constant,
+        Data::Outliers,
+        Data::Huge,
+        Data::Largest,
+        Data::Tiny,
+        Data::Special,
+    ];
 
     pub fn fill<E: Element>(self, len: usize, seed: u64) -> Vec<E> {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -100,6 +110,7 @@ impl Data {
                 Data::Outliers if rng.random_ratio(1, 50) => 1e6 * normal(),
                 Data::Outliers => normal(),
                 Data::Huge => 1e30 * normal(),
+                Data::Largest => f64::from(f32::MAX) * rng.random_range(-1.0..1.0),
                 Data::Tiny => 1e-39 * normal(),
                 Data::Special if rng.random_ratio(1, 1000) => {
                     [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -0.0][(rng.next_u32() % 4) as usize]

@@ -86,8 +86,8 @@ fn range<E: Element>() -> (i32, i32) {
 pub const USUAL: [&str; 6] =
     ["mean/std 0", "mean/std 1e2", "mean/std 1e4", "mean/std 1e6", "outlier first", "jump of level"];
 
-/// The family whose deviations from the mean are larger than the largest finite number.
-const OVERFLOWING: &str = "deviations overflow";
+/// The family that reaches the largest finite number.
+const NEAR_LARGEST: &str = "near the largest";
 
 /// The data sets that the type can hold.
 pub fn sets<E: Element>() -> Vec<Set> {
@@ -126,11 +126,11 @@ pub fn sets<E: Element>() -> Vec<Set> {
     if E::DIGITS < 53 {
         // 255 * 2^16, rounded to eight digits, is still finite. The mean of the ramp and of the two values is in the middle, so
         // that no deviation overflows; values that lie anywhere from one end to the other have larger ones.
-        add("near the largest", &[Two], (0, 255 << 16), top - 24, 0.0);
-        add("near the largest", &[Ramp], (0, 255 << 15), top - 24, 0.0);
-        add("near the largest", &[Uniform], (0, 127 << 15), top - 24, 0.0);
-        add("near the largest", &[Uniform], (248 << 16, 2 << 16), top - 24, 0.0);
-        add(OVERFLOWING, &[Uniform], (0, 255 << 15), top - 24, 0.0);
+        add(NEAR_LARGEST, &[Two], (0, 255 << 16), top - 24, 0.0);
+        add(NEAR_LARGEST, &[Ramp], (0, 255 << 15), top - 24, 0.0);
+        add(NEAR_LARGEST, &[Uniform], (0, 127 << 15), top - 24, 0.0);
+        add(NEAR_LARGEST, &[Uniform], (248 << 16, 2 << 16), top - 24, 0.0);
+        add("deviations overflow", &[Uniform], (0, 255 << 15), top - 24, 0.0);
         raw("subnormal", &[Uniform, Two], (0, 1 << (E::DIGITS - 2)), least, 0.0);
     }
     raw("subnormal", &[Uniform, Two], (0, 1 << (E::DIGITS - 2)), least, 1e-5);
@@ -160,9 +160,11 @@ pub const ONES: Set =
     Set { family: "2^24 + 1 ones", spread: Spread::Constant, level: 1, scale: 0, exponent: 0, eps: 1e-5 };
 
 impl Set {
-    /// Whether deviations from the mean are larger than the largest finite number that is computed with.
-    pub fn overflows<E: Element>(&self) -> bool {
-        self.family == OVERFLOWING && range::<E>().1 == range::<E::Param>().1
+    /// The ulp of `|mean|/std`, where deviations may be larger than the largest number that is computed with: xhat is made of
+    /// differences of such numbers there.
+    pub fn coarse<P: Real>(&self) -> f64 {
+        let std = self.scale as f64 * 2.0 / 3f64.sqrt();
+        if self.family == NEAR_LARGEST { self.level as f64 / std * 2f64.powi(1 - P::DIGITS as i32) } else { 0.0 }
     }
 
     pub fn is_constant(&self) -> bool {
