@@ -38,7 +38,7 @@
 //! | do without the layer at inference | [`BatchNorm::fold_into_preceding`], [`BatchNorm::fold_into_following`], [`BatchNorm::scale_and_shift`] |
 //! | infer on 8-bit integers | [`BatchNorm::forward_infer_quantized`] |
 //! | share statistics between shards | [`BatchNorm::moments`], [`Moments::merge`], [`BatchNorm::finish`], [`BatchNorm::normalize`] |
-//! | share gradients between shards | [`BatchNorm::gradient_sums`], [`GradientSums::merge`], [`BatchNorm::input_gradient`] |
+//! | share gradients between shards | [`BatchNorm::gradient_sums`], [`GradientSums::merge`], [`BatchNorm::input_gradient`], [`BatchNorm::parameter_gradients`], [`BatchNorm::residual_gradient`] |
 //! | choose the SIMD tier, the threads | [`BatchNorm::with_tier`], [`BatchNorm::with_parallelism`] |
 //! | see what exactly is computed | [`reference`](mod@reference) |
 //!

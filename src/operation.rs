@@ -100,6 +100,7 @@ impl<'a, E: Element> Operation<'a, E> {
         match self {
             Self::Normalize { normalize, .. } => Some(normalize.y),
             Self::InputGradient { dx, .. } => Some(*dx),
+            Self::Backward { dresidual, .. } => *dresidual,
             _ => None,
         }
     }

@@ -835,4 +835,97 @@ impl<E: Element> BatchNorm<E> {
         self.execute(Operation::InputGradient { from, dx, sums });
         Ok(())
     }
+
+    /// The second half of a backward pass for gamma and beta: dgamma and dbeta from the sums of this shard, or of all of them, with the
+    /// corrections of Batch Renormalization, and added to what is there if the plan accumulates. Those that
+    /// [`BatchNorm::backward`] gives, with the sums of the same `x` and `dy`.
+    ///
+    /// # Errors
+    /// [`Error::Length`]; [`Error::MissingStatistics`].
+    pub fn parameter_gradients(
+        &self,
+        saved: &Saved<E::Param>,
+        sums: &[GradientSums],
+        dgamma: Option<&mut [E::Param]>,
+        dbeta: Option<&mut [E::Param]>,
+    ) -> Result<()> {
+        self.check_channels("sums", Some(sums))?;
+        self.check_channels("dgamma", dgamma.as_deref())?;
+        self.check_channels("dbeta", dbeta.as_deref())?;
+        self.check_saved(saved)?;
+        let (dgamma, dbeta) = (dgamma.map(Disjoint::new), dbeta.map(Disjoint::new));
+        let out = AffineGradientsTo { accumulates: self.accumulates, renorm: saved.renorm.as_ref(), dgamma, dbeta };
+        for (batch, sums) in sums.chunks(BATCH).enumerate() {
+            let mut values = [[0.0; BATCH]; 2];
+            for (i, sums) in sums.iter().enumerate() {
+                [values[0][i], values[1][i]] = [sums.dy, sums.dy_xhat];
+            }
+            let start = batch * BATCH;
+            // SAFETY: each channel once, on one thread.
+            unsafe { out.keep(start..start + sums.len(), &values) };
+        }
+        Ok(())
+    }
+
+    /// The gradient of the residual alone, what the activation lets through of `dy`: no sums enter it. An empty shard is a
+    /// no-op.
+    ///
+    /// # Errors
+    /// [`Error::Length`]; [`Error::MissingStatistics`].
+    pub fn residual_gradient(
+        &self,
+        x: &[E],
+        dy: &[E],
+        saved: &Saved<E::Param>,
+        affine: Affine<'_, E>,
+        dresidual: &mut [E],
+    ) -> Result<()> {
+        let gradients = Gradients { dresidual: Some(dresidual), ..Default::default() };
+        self.check_backward_halves(x, dy, saved, affine, &gradients)?;
+        let from = self.upstreams(x, Source::new(dy, Side::Y), saved, affine, saved.count);
+        let streaming = self.streams::<E>(false, LARGE);
+        let dresidual = gradients.dresidual.map(|tensor| Target::new(Disjoint::tensor(tensor, Side::Y), streaming));
+        let out = AffineGradientsTo { accumulates: false, renorm: None, dgamma: None, dbeta: None };
+        self.execute(Operation::Backward { from, dx: None, dresidual, out });
+        Ok(())
+    }
+
+    /// All that [`BatchNorm::moments`] and [`BatchNorm::normalize`] ask of their arguments, of which nothing is written: for
+    /// shards that wait for each other between the halves and must refuse before they meet. `saved` may be empty yet.
+    ///
+    /// # Errors
+    /// [`Error::Length`].
+    pub fn check_forward_halves(&self, x: &[E], affine: Affine<'_, E>, y: &[E], saved: &Saved<E::Param>) -> Result<()> {
+        self.check_tensor(Side::X, "x", x)?;
+        self.check_tensor(Side::Y, "y", y)?;
+        self.check_affine(affine)?;
+        check_len("saved", self.shape.channels(), saved.channels())
+    }
+
+    /// The same for the halves of a backward pass: [`BatchNorm::gradient_sums`], [`BatchNorm::input_gradient`],
+    /// [`BatchNorm::parameter_gradients`] and [`BatchNorm::residual_gradient`].
+    ///
+    /// # Errors
+    /// [`Error::Length`]; [`Error::MissingStatistics`].
+    pub fn check_backward_halves(
+        &self,
+        x: &[E],
+        dy: &[E],
+        saved: &Saved<E::Param>,
+        affine: Affine<'_, E>,
+        gradients: &Gradients<'_, E>,
+    ) -> Result<()> {
+        self.check_tensor(Side::X, "x", x)?;
+        self.check_tensor(Side::Y, "dy", dy)?;
+        let of = |side, what, tensor: &Option<&mut [E]>| {
+            tensor.as_deref().map_or(Ok(()), |tensor| self.check_tensor(side, what, tensor))
+        };
+        of(Side::X, "dx", &gradients.dx)?;
+        of(Side::Y, "dresidual", &gradients.dresidual)?;
+        self.check_affine(affine)?;
+        self.check_channels("dgamma", gradients.dgamma.as_deref())?;
+        self.check_channels("dbeta", gradients.dbeta.as_deref())?;
+        self.check_saved(saved)?;
+        self.check_rebuild(affine, saved)
+    }
 }

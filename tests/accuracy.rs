@@ -9,30 +9,6 @@ use batchnorm::{Affine, BatchNorm, Element, GradientSums, Gradients, Layout, Mom
 use common::{Bits, assert_bits};
 use exact::{Errors, Problem, Quantity, sets, shapes};
 
-/// What is allowed of each quantity. For var, mean and xhat it is the promise of the crate.
-///
-/// Of gradients in f32 it counts roundings of u = 2^-24. A sum has six additions in a row and a store, 7u for dbeta. A
-/// product has three roundings before that, and inv_std one and half of the error of var: 11u + 5e-7 for dgamma. dx
-/// joins `(dy - dbeta/m)*inv_std`, 13u + 5e-7, and `xhat * inv_std*dgamma/m`, 18u + 1.5e-6. A constant dy leaves the
-/// roundings of both sums, 11u, and the error of the mean. In sums of dx the roundings that all elements share are those
-/// of the sum of dy; 8u, as in tests/gradients.rs. Sums in f64 have at most 300 additions in a row.
-fn allowed<P: Real>(quantity: Quantity) -> f64 {
-    let (f32, f64) = match quantity {
-        Quantity::Var => (1e-6, 1e-13),
-        Quantity::Mean => (1e-7, 1e-13),
-        Quantity::Xhat => (3e-7, 3e-13),
-        Quantity::Dbeta => (4.2e-7, 1e-13),
-        Quantity::Dgamma => (1.2e-6, 2e-13),
-        Quantity::Dx => (2.6e-6, 3e-13),
-        Quantity::SumDx => (4.8e-7, 1e-13),
-        Quantity::DxOfConstant => (8e-7, 1e-13),
-    };
-    if P::DIGITS == 24 { f32 } else { f64 }
-}
-
-/// What has no error where x is constant: it is its own mean, the rest is zero.
-const EXACT: [Quantity; 4] = [Quantity::Var, Quantity::Mean, Quantity::Xhat, Quantity::Dgamma];
-
 /// Measures every data set on every shape, and prints the worst errors of each layout.
 fn check<E: Element>(name: &str) {
     let mut of_layouts: Vec<(&str, Errors)> = Vec::new();
@@ -42,11 +18,7 @@ fn check<E: Element>(name: &str) {
             let problem = Problem::<E>::new(shape, &set);
             let errors = problem.errors(&problem.ours());
             for quantity in Quantity::ALL {
-                let most = match quantity {
-                    _ if set.is_constant() && EXACT.contains(&quantity) => 0.0,
-                    Quantity::Var | Quantity::Mean | Quantity::Dbeta => allowed::<E::Param>(quantity),
-                    _ => allowed::<E::Param>(quantity) + set.coarse::<E::Param>(),
-                };
+                let most = set.allowed::<E>(quantity);
                 let error = errors.get(quantity);
                 if error > most {
                     beyond += &format!("\n{name} {shape:?} {set:?}: {}: {error:.1e} > {most:.1e}", quantity.name());

@@ -217,6 +217,31 @@ fn calls<E: Element>() -> Vec<Call<E>> {
             false,
             true,
         ),
+        call(
+            "parameter_gradients",
+            |bn, a| bn.parameter_gradients(&a.saved, &a.sums, Some(&mut a.dgamma), Some(&mut a.dbeta)),
+            &["saved", "sums", "dgamma", "dbeta"],
+            false,
+            true,
+        ),
+        call(
+            "check_forward_halves",
+            |bn, a| bn.check_forward_halves(&a.x, Affine::new(&a.gamma, &a.beta), &a.y, &a.saved),
+            &["x", "y", "gamma", "beta", "saved"],
+            false,
+            false,
+        ),
+        call(
+            "check_backward_halves",
+            |bn, a| {
+                let (dgamma, dbeta) = (Some(&mut a.dgamma[..]), Some(&mut a.dbeta[..]));
+                let gradients = Gradients { dx: Some(&mut a.dx), dgamma, dbeta, ..Default::default() };
+                bn.check_backward_halves(&a.x, &a.dy, &a.saved, Affine::new(&a.gamma, &a.beta), &gradients)
+            },
+            &["x", "dy", "gamma", "beta", "saved", "dx", "dgamma", "dbeta"],
+            false,
+            true,
+        ),
     ]
 }
 
@@ -291,7 +316,7 @@ fn empty_batches<E: Bits>() {
                 "moments" => expected.moments.fill(Moments::default()),
                 "gradient_sums" => expected.sums.fill(GradientSums::default()),
                 // These do not look at the batch.
-                "freeze" | "scale_and_shift" => {
+                "freeze" | "scale_and_shift" | "parameter_gradients" => {
                     let full = BatchNorm::<E>::new(Shape::nc(1, shape.channels()).unwrap()).unwrap();
                     (call.run)(&full, &mut expected).unwrap();
                 }

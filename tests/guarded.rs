@@ -357,6 +357,13 @@ fn calls<E: Tested>() -> Vec<Call<E>> {
             let affine = Affine::new(&m.gamma, &m.beta).with_activation(Activation::Relu).with_output(&m.output);
             bn.input_gradient(&m.x, &m.dy, &m.saved, affine, &m.sums, &mut m.dx)
         }),
+        call("parameter_gradients", |bn, m| {
+            bn.parameter_gradients(&m.saved, &m.sums, Some(&mut m.dgamma), Some(&mut m.dbeta))
+        }),
+        call("residual_gradient", |bn, m| {
+            let affine = Affine::new(&m.gamma, &m.beta).with_residual(&m.residual).with_activation(Activation::Relu);
+            bn.residual_gradient(&m.x, &m.dy, &m.saved, affine, &mut m.dresidual)
+        }),
         call("double_backward", |bn, m| {
             let cotangents = Cotangents { dx: &m.of_dx, dgamma: Some(&m.dgamma), dbeta: Some(&m.dbeta) };
             let gradients = SecondGradients {

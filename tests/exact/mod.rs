@@ -162,13 +162,18 @@ pub const ONES: Set =
 impl Set {
     /// The ulp of `|mean|/std`, where deviations may be larger than the largest number that is computed with: xhat is made of
     /// differences of such numbers there.
-    pub fn coarse<P: Real>(&self) -> f64 {
+    fn coarse<P: Real>(&self) -> f64 {
         let std = self.scale as f64 * 2.0 / 3f64.sqrt();
         if self.family == NEAR_LARGEST { self.level as f64 / std * 2f64.powi(1 - P::DIGITS as i32) } else { 0.0 }
     }
 
-    pub fn is_constant(&self) -> bool {
-        self.spread == Spread::Constant
+    /// What is allowed of a quantity.
+    pub fn allowed<E: Element>(&self, quantity: Quantity) -> f64 {
+        match quantity {
+            _ if self.spread == Spread::Constant && EXACT.contains(&quantity) => 0.0,
+            Quantity::Var | Quantity::Mean | Quantity::Dbeta => allowed::<E::Param>(quantity),
+            _ => allowed::<E::Param>(quantity) + self.coarse::<E::Param>(),
+        }
     }
 
     /// Whether the type reaches that far and tells the values apart.
@@ -488,6 +493,30 @@ impl Errors {
         Self(core::array::from_fn(|i| self.0[i].max(o.0[i])))
     }
 }
+
+/// What is allowed of each quantity. For var, mean and xhat it is the promise of the crate.
+///
+/// Of gradients in f32 it counts roundings of u = 2^-24. A sum has six additions in a row and a store, 7u for dbeta. A
+/// product has three roundings before that, and inv_std one and half of the error of var: 11u + 5e-7 for dgamma. dx
+/// joins `(dy - dbeta/m)*inv_std`, 13u + 5e-7, and `xhat * inv_std*dgamma/m`, 18u + 1.5e-6. A constant dy leaves the
+/// roundings of both sums, 11u, and the error of the mean. In sums of dx the roundings that all elements share are those
+/// of the sum of dy; 8u, as in tests/gradients.rs. Sums in f64 have at most 300 additions in a row.
+fn allowed<P: Real>(quantity: Quantity) -> f64 {
+    let (f32, f64) = match quantity {
+        Quantity::Var => (1e-6, 1e-13),
+        Quantity::Mean => (1e-7, 1e-13),
+        Quantity::Xhat => (3e-7, 3e-13),
+        Quantity::Dbeta => (4.2e-7, 1e-13),
+        Quantity::Dgamma => (1.2e-6, 2e-13),
+        Quantity::Dx => (2.6e-6, 3e-13),
+        Quantity::SumDx => (4.8e-7, 1e-13),
+        Quantity::DxOfConstant => (8e-7, 1e-13),
+    };
+    if P::DIGITS == 24 { f32 } else { f64 }
+}
+
+/// What has no error where x is constant: it is its own mean, the rest is zero.
+const EXACT: [Quantity; 4] = [Quantity::Var, Quantity::Mean, Quantity::Xhat, Quantity::Dgamma];
 
 /// Both geometries; planes that are many, few, and longer than a block.
 pub fn shapes() -> Vec<(&'static str, Shape)> {

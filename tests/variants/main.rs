@@ -142,10 +142,13 @@ where
     let sums = reference::gradient_sums(&cell.shape, &args.x, &args.dy, &saved, args.affine());
     let (mut dx, mut dgamma, mut dbeta) = (args.blank(), args.params(3.5), args.params(-1.25));
     let (mut dgamma_then, mut dbeta_then) = (dgamma.clone(), dbeta.clone());
-    for _ in 0..2 {
+    for half in [false, true] {
         let all =
             Gradients { dx: Some(&mut dx), dgamma: Some(&mut dgamma), dbeta: Some(&mut dbeta), ..Default::default() };
-        bn.backward(&args.x, &args.dy, &saved, args.affine(), all).unwrap();
+        match half {
+            false => bn.backward(&args.x, &args.dy, &saved, args.affine(), all).unwrap(),
+            true => bn.parameter_gradients(&saved, &sums, all.dgamma, all.dbeta).unwrap(),
+        }
         for (c, sums) in sums.iter().enumerate() {
             dgamma_then[c] = E::Param::from_f64(dgamma_then[c].to_f64() + sums.dy_xhat);
             dbeta_then[c] = E::Param::from_f64(dbeta_then[c].to_f64() + sums.dy);
@@ -193,6 +196,10 @@ where
     let mut dx = args.blank();
     bn.input_gradient(&args.x, &args.dy, &saved, args.affine(), &sums, &mut dx).unwrap();
     assert_bits("dx in halves", &dx, &dx_then);
+    let (mut dgamma, mut dbeta) = (args.params(0.0), args.params(0.0));
+    bn.parameter_gradients(&saved, &sums, Some(&mut dgamma), Some(&mut dbeta)).unwrap();
+    assert_bits("dgamma in halves", &dgamma, &dgamma_then);
+    assert_bits("dbeta in halves", &dbeta, &dbeta_then);
 
     saved.do_not_renormalize();
     let (mut y, mut plain) = (args.blank(), bn.saved());
@@ -450,6 +457,12 @@ where
     let mut dx = args.blank();
     bn.input_gradient(x, dy, saved, affine, &halves, &mut dx).unwrap();
     assert_bits("dx in halves", &dx, &dx_then);
+    let (mut dresidual, mut dgamma, mut dbeta) = (args.blank(), args.params(0.0), args.params(0.0));
+    bn.parameter_gradients(saved, &halves, Some(&mut dgamma), Some(&mut dbeta)).unwrap();
+    assert_bits("dgamma in halves", &dgamma, &dgamma_then);
+    assert_bits("dbeta in halves", &dbeta, &dbeta_then);
+    bn.residual_gradient(x, dy, saved, affine, &mut dresidual).unwrap();
+    assert_bits("dresidual in halves", &dresidual, &dresidual_then);
 }
 
 #[test]
@@ -483,6 +496,7 @@ fn activations_pass_nans_and_are_checked() {
     let mut short = [7.0; 3];
     let gradients = Gradients { dx: Some(&mut dx), dresidual: Some(&mut short), ..Default::default() };
     assert_eq!(bn.backward(&x, &x, &saved, Affine::none(), gradients), length("dresidual"));
+    assert_eq!(bn.residual_gradient(&x, &x, &saved, Affine::none(), &mut short), length("dresidual"));
     assert_eq!((dx, y, short), ([7.0; 4], [7.0; 4], [7.0; 3]));
 }
 

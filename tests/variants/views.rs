@@ -330,6 +330,11 @@ fn a_mask_that_hides_all_leaves_zeros() {
     assert_eq!(y, [7.0; 24]);
     bn.forward_infer(&x, Affine::none(), Population { mean: &[0.0; 3], var: &[1.0; 3] }, &mut y).unwrap();
     assert_eq!(y, [0.0; 24]);
+    // A shard without values in a batch that has some.
+    bn.freeze(Population { mean: &[0.0; 3], var: &[1.0; 3] }, &mut saved).unwrap();
+    let mut dresidual = [7.0; 24];
+    bn.residual_gradient(&x, &x, &saved, Affine::none(), &mut dresidual).unwrap();
+    assert_eq!(dresidual, [0.0; 24]);
 }
 
 /// Packed stretches that begin where neither vectors nor, in the last one, rows do.
