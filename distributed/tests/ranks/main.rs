@@ -18,7 +18,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use mpi::topology::SimpleCommunicator;
 use mpi::traits::*;
 
-/// A case: what each rank runs. It returns the bits of its results, which a second run must repeat.
+/// A case: what each rank runs. It returns the bits of its results, which a second run must repeat, if there are any.
 type Case = fn(&SimpleCommunicator) -> Vec<u64>;
 
 const CASES: [(&str, Case); 16] = [
@@ -91,7 +91,7 @@ fn rank(name: &str) {
     let (_, case) = CASES.iter().find(|(case, _)| *case == name).unwrap();
     let bits = case(&world);
     let digests = support::gather(&world, support::digest(&bits));
-    if world.rank() == 0 {
+    if world.rank() == 0 && !bits.is_empty() {
         println!("{digests:x?}");
     }
 }
@@ -107,7 +107,7 @@ fn launch(name: &str, ranks: usize) -> Result<Output, Failed> {
     Ok(mpirun.arg(std::env::current_exe()?).args([RANK, name]).output().map_err(|e| format!("mpirun: {e}"))?)
 }
 
-/// A case that must end well, twice with the same bits.
+/// A case that must end well, with the same bits in a second run.
 fn repeated(name: &str, ranks: usize) -> Result<(), Failed> {
     let run = || {
         let output = launch(name, ranks)?;
@@ -117,8 +117,9 @@ fn repeated(name: &str, ranks: usize) -> Result<(), Failed> {
             false => Err(Failed::from(format!("{}\n{}", output.status, text(&output.stderr)))),
         }
     };
-    let (first, second) = (run()?, run()?);
-    if first.is_empty() || first != second {
+    let first = run()?;
+    let second = if first.is_empty() { String::new() } else { run()? };
+    if first != second {
         return Err(format!("two runs differ:\n{first}{second}").into());
     }
     Ok(())

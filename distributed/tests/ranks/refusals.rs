@@ -6,7 +6,6 @@ use mpi::topology::SimpleCommunicator;
 use mpi::traits::*;
 
 use crate::common::{Data, length};
-use crate::support::gather;
 
 fn core(channels: usize, eps: f64) -> BatchNorm<f32> {
     BatchNorm::new(Shape::nc(3, channels).unwrap()).unwrap().with_eps(eps).unwrap()
@@ -46,7 +45,7 @@ pub fn disagreement(world: &SimpleCommunicator) -> Vec<u64> {
 
     let many = BatchNorm::<f32>::new(Shape::nc(0, i32::MAX as usize).unwrap()).unwrap();
     assert_eq!(made(many, world), Err(Error::TooManyChannels { channels: i32::MAX as usize }));
-    vec![1]
+    vec![]
 }
 
 /// All that the passes read and write.
@@ -198,7 +197,7 @@ pub fn arguments(world: &SimpleCommunicator) -> Vec<u64> {
         _ => assert_eq!(got, Error::Remote { rank: 0 }),
     }
     assert_eq!(args.dx, before.dx);
-    vec![1]
+    vec![]
 }
 
 /// All shards empty.
@@ -220,7 +219,7 @@ pub fn no_values(world: &SimpleCommunicator) -> Vec<u64> {
     bn.forward_train(&x, Affine::none(), &mut y, &mut saved).unwrap();
     assert_eq!((saved.count(), saved.mean(), saved.var()), (1, &[3.0, 4.0][..], &[0.0; 2][..]));
     assert_eq!(y, vec![0.0; x.len()]);
-    vec![1]
+    vec![]
 }
 
 /// Plans for the same group.
@@ -243,7 +242,7 @@ pub fn plans(world: &SimpleCommunicator) -> Vec<u64> {
         next.backward(&x, &x, &saved, Affine::none(), gradients).unwrap();
         assert_eq!(dbeta, vec![saved.count() as f32; 5], "options are kept");
     }
-    gather(world, 1)
+    vec![]
 }
 
 /// The last rank dies while the others wait for it.
