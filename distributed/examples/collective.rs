@@ -50,12 +50,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let world = universe.world();
     let is_first = world.rank() == 0;
     if is_first {
-        let cores = std::thread::available_parallelism()?;
-        println!(
-            "{} ranks, {cores} cores on the first machine, {}",
-            world.size(),
-            mpi::environment::library_version()?
-        );
+        let library = mpi::environment::library_version()?;
+        println!("{} ranks, {}", world.size(), library.trim_end_matches('\0').trim());
         println!(
             "times in microseconds: the median of 11 measurements of {} calls each, on the slowest rank\n",
             args.calls
