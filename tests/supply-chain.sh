@@ -23,7 +23,7 @@ for check in "${@:-deny features minimal semver}"; do
             # The least versions that Cargo.toml allows, in a copy, so that Cargo.lock stays.
             copy=$(mktemp -d)
             trap 'rm -rf "$copy"' EXIT
-            cp -r Cargo.toml README.md src examples tests benches "$copy"
+            cp -r Cargo.toml README.md src examples tests benches distributed "$copy"
             (
                 cd "$copy"
                 cargo +nightly update -Zdirect-minimal-versions

@@ -65,7 +65,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         // The other ranks wait for this group.
         let color = if world.rank() < size { Color::with_value(0) } else { Color::undefined() };
         if let Some(group) = world.split_by_color(color) {
-            let rounds = (size as f64).log2().ceil();
+            // Beyond a power of two, the ranks left over hand in theirs before and get the result after.
+            let rounds = f64::from(size.ilog2()) + if size.count_ones() == 1 { 0.0 } else { 2.0 };
             for channels in CHANNELS {
                 let [moments, sums, step] = measure(&args, &group, channels)?;
                 let bytes = BYTES.map(|bytes| ((channels + 1) * bytes) as f64);

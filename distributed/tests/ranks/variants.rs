@@ -109,7 +109,7 @@ where
     }
     // Any subset, and ranks that want different ones.
     let mut dgamma = params();
-    let dgamma = (shard.samples.start % 2 == 0).then_some(&mut dgamma[..]);
+    let dgamma = shard.samples.start.is_multiple_of(2).then_some(&mut dgamma[..]);
     bn.backward(x, dy, &saved, affine_here, Gradients { dgamma, ..Default::default() }).unwrap();
 
     let sums = all.iter().flat_map(|sums| [sums.dy.bits(), sums.dy_xhat.bits()]);
