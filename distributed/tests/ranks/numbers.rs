@@ -244,11 +244,11 @@ pub fn groups(world: &SimpleCommunicator) -> Vec<u64> {
 
     // What the caller has under way on the same communicator may come in another order.
     if world.rank() == 0 {
-        of_all.forward_train(&x, Affine::none(), &mut y, &mut saved_all).unwrap();
+        of_all.forward_train_during(&x, Affine::none(), &mut y, &mut saved_all, |_| ()).unwrap();
         world.immediate_barrier().wait();
     } else {
         let barrier = world.immediate_barrier();
-        of_all.forward_train(&x, Affine::none(), &mut y, &mut saved_all).unwrap();
+        of_all.forward_train_during(&x, Affine::none(), &mut y, &mut saved_all, |_| ()).unwrap();
         barrier.wait();
     }
     all
