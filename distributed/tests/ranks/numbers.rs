@@ -1,11 +1,12 @@
 //! Statistics and gradients: against exact arithmetic on the joined batch, the same on all ranks, merged in the order of ranks.
 
-use batchnorm::{Affine, BatchNorm, Element, GradientSums, Gradients, Moments, Momentum, Shape, Variance};
+use batchnorm::{Affine, BatchNorm, Element, GradientSums, Gradients, Moments, Momentum, Parallelism, Shape, Variance};
 use batchnorm_mpi::SyncBatchNorm;
 use mpi::topology::{Color, SimpleCommunicator};
 use mpi::traits::*;
 
 use crate::common::{Bits, Data, assert_bits};
+use crate::counting;
 use crate::exact::{Problem, Quantity, Results, Set, Statistics, USUAL, sets};
 use crate::support::{Cut, Shard, assemble, assert_same, bits, bits_of_saved, catch, wide};
 
@@ -59,27 +60,22 @@ where
 }
 
 /// Within the bounds of the core, with the same statistics on all ranks.
-fn check<E: Bits>(comm: &SimpleCommunicator, shape: Shape, set: &Set, cut: Cut) -> Vec<u64>
+fn check<E: Bits>(comm: &SimpleCommunicator, shape: Shape, set: &Set, cut: Cut, during: bool) -> Vec<u64>
 where
     E::Param: Bits,
 {
     let problem = Problem::<E>::new(shape, set);
-    let mut all = Vec::new();
-    for during in [false, true] {
-        let (results, shared) = run(comm, &problem, cut, during);
-        assert_same(comm, "saved, dgamma or dbeta", &shared);
-        let errors = (comm.rank() == 0).then(|| problem.errors(&results));
-        for quantity in Quantity::ALL {
-            if let (Some(errors), Some(most)) = (&errors, set.allowed::<E>(quantity)) {
-                let error = errors.get(quantity);
-                let name = quantity.name();
-                assert!(error <= most, "{shape:?} {set:?} {cut:?}: {name}: {error:.1e} > {most:.1e}");
-            }
+    let (results, shared) = run(comm, &problem, cut, during);
+    assert_same(comm, "saved, dgamma or dbeta", &shared);
+    let errors = (comm.rank() == 0).then(|| problem.errors(&results));
+    for quantity in Quantity::ALL {
+        if let (Some(errors), Some(most)) = (&errors, set.allowed::<E>(quantity)) {
+            let (error, name) = (errors.get(quantity), quantity.name());
+            assert!(error <= most, "{shape:?} {set:?} {cut:?}: {name}: {error:.1e} > {most:.1e}");
         }
-        all.extend(shared);
-        all.extend(results.y.iter().chain(results.dx.iter().flatten()).map(|v| v.to_bits()));
     }
-    all
+    let all = results.y.iter().chain(results.dx.iter().flatten()).map(|v| v.to_bits());
+    all.chain(shared).collect()
 }
 
 /// Every layout and element type, at every distance of the mean from zero, with levels that differ between ranks.
@@ -94,8 +90,13 @@ pub fn shards(world: &SimpleCommunicator, cut: Cut) -> Vec<u64> {
             _ => vec![Shape::nc(60, 130), Shape::nchw(32, 3, 7, 7), Shape::nhwc(16, 7, 7, 5)],
         };
         let sets: Vec<_> = sets::<E>().into_iter().filter(|set| USUAL.contains(&set.family)).collect();
-        let shapes = shapes.into_iter().map(Result::unwrap);
-        shapes.flat_map(|shape| sets.iter().flat_map(move |set| check::<E>(world, shape, set, cut))).collect()
+        let mut all = Vec::new();
+        for (i, shape) in shapes.into_iter().map(Result::unwrap).enumerate() {
+            // One form for this set and the other for the next.
+            let forms = sets.iter().enumerate().map(|(j, set)| check::<E>(world, shape, set, cut, (i + j) % 2 == 0));
+            all.extend(forms.flatten());
+        }
+        all
     }
     let all = [of::<f32>(world, cut), of::<f64>(world, cut)];
     #[cfg(feature = "half")]
@@ -220,8 +221,8 @@ pub fn groups(world: &SimpleCommunicator) -> Vec<u64> {
     let color = Color::with_value(world.rank() % 2);
     let half = world.split_by_color(color).unwrap();
     let set = sets::<f32>()[0];
-    let mut all = check::<f32>(&half, Shape::nchw(32, 3, 7, 7).unwrap(), &set, Cut::Even);
-    all.extend(check::<f32>(&half, Shape::nc(20 + world.rank() as usize % 2, 9).unwrap(), &set, Cut::Ascending));
+    let mut all = check::<f32>(&half, Shape::nchw(32, 3, 7, 7).unwrap(), &set, Cut::Even, false);
+    all.extend(check::<f32>(&half, Shape::nc(20 + world.rank() as usize % 2, 9).unwrap(), &set, Cut::Ascending, true));
 
     // One value on each rank, its number: the mean tells the group.
     let mut of_half = plan::<f64>(&half, Shape::nc(1, 1).unwrap(), 0.0);
@@ -339,4 +340,23 @@ pub fn meanwhile(world: &SimpleCommunicator) -> Vec<u64> {
     assert_eq!(saved, saved_then);
     assert_same(world, "saved", &bits_of_saved(&saved));
     bits(&dx)
+}
+
+/// Calls after the first allocate nothing, on this side of MPI.
+pub fn allocations(world: &SimpleCommunicator) -> Vec<u64> {
+    let shape = Shape::nc(7, 40).unwrap();
+    let core = BatchNorm::<f32>::new(shape).unwrap().with_parallelism(Parallelism::Sequential);
+    let mut bn = SyncBatchNorm::new(core, world).unwrap();
+    let x = Data::Normal.fill::<f32>(shape.len(), 1);
+    let (mut y, mut dx, mut saved) = (x.clone(), x.clone(), bn.plan().saved());
+    let mut step = || {
+        bn.forward_train(&x, Affine::none(), &mut y, &mut saved).unwrap();
+        bn.forward_train_during(&x, Affine::none(), &mut y, &mut saved, |pending| pending.poll()).unwrap();
+        let gradients = Gradients { dx: Some(&mut dx), ..Default::default() };
+        bn.backward(&x, &y, &saved, Affine::none(), gradients).unwrap();
+        bn.backward_during(&x, &y, &saved, Affine::none(), Gradients::default(), |_| ()).unwrap();
+    };
+    step();
+    assert_eq!(counting::allocations(step), 0);
+    vec![]
 }
