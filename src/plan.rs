@@ -836,8 +836,8 @@ impl<E: Element> BatchNorm<E> {
         Ok(())
     }
 
-    /// The second half of a backward pass for gamma and beta: dgamma and dbeta from the sums of this shard, or of all of them, with the
-    /// corrections of Batch Renormalization, and added to what is there if the plan accumulates. Those that
+    /// The second half of a backward pass for gamma and beta: dgamma and dbeta from the sums of this shard, or of all of them,
+    /// with the corrections of Batch Renormalization, and added to what is there if the plan accumulates. Those that
     /// [`BatchNorm::backward`] gives, with the sums of the same `x` and `dy`.
     ///
     /// # Errors

@@ -31,7 +31,7 @@ thread)
     ;;
 unsafe)
     # Blocks, functions, implementations and traits, by file.
-    for file in $(grep -rlw unsafe src | sort); do
+    for file in $(grep -rlw unsafe src distributed/src | sort); do
         count() { sed 's#//.*##' "$file" | grep -oE "$1" | wc -l; }
         printf '%-32s %4d blocks %4d functions %2d impls\n' "$file" \
             "$(count 'unsafe \{')" "$(count 'unsafe fn')" "$(count 'unsafe impl')"

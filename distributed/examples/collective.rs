@@ -1,5 +1,5 @@
-//! What synchronisation costs: the time of each collective by channels and ranks, its share of a step, the bytes that a rank sends, and
-//! the model of docs/distributed.md fitted to these times.
+//! What synchronisation costs: the time of each collective by channels and ranks, its share of a step, the bytes that a rank
+//! sends, and the model of docs/distributed.md fitted to these times.
 //!
 //! `mpirun -n 2 cargo run --release -p batchnorm-mpi --example collective`
 

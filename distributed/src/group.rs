@@ -168,8 +168,8 @@ impl<W> Drop for Waiting<'_, '_, W> {
 pub struct Pending<'a>(&'a mut dyn FnMut() -> bool);
 
 impl Pending<'_> {
-    /// Whether the collective is complete on this rank; moves it on if not. MPI libraries that have no thread of their own, as Open
-    /// MPI, move collectives on inside of calls alone: work that takes long should call this from time to time.
+    /// Whether the collective is complete on this rank; moves it on if not. MPI libraries that have no thread of their own, as
+    /// Open MPI, move collectives on inside of calls alone: work that takes long should call this from time to time.
     pub fn poll(&mut self) -> bool {
         (self.0)()
     }

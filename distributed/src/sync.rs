@@ -19,9 +19,9 @@ use crate::wire::{WireMoments, WireSums};
 /// ```no_run
 /// use batchnorm::{Affine, BatchNorm, Gradients, Momentum, Shape, Variance};
 /// use batchnorm_mpi::SyncBatchNorm;
-/// use mpi::traits::*;
+/// use mpi::{Threading, traits::*};
 ///
-/// let universe = mpi::initialize().ok_or("MPI is up already")?;
+/// let (universe, _) = mpi::initialize_with_threading(Threading::Funneled).ok_or("MPI is up already")?;
 /// let world = universe.world();
 /// // Shards of 1, 2, 3, ... samples of two channels.
 /// let shape = Shape::nc(1 + world.rank() as usize, 2)?;
@@ -64,8 +64,9 @@ impl<E: Element> SyncBatchNorm<E> {
         Self { bn, group, global_parameters, moments: Exchange::new(channels), sums: Exchange::new(channels) }
     }
 
-    /// Whether [`SyncBatchNorm::backward`] gives dgamma and dbeta of the whole batch, the same on every rank, rather than those of
-    /// this shard. Off by default, because data-parallel training sums the gradients of all parameters anyway. It costs nothing.
+    /// Whether [`SyncBatchNorm::backward`] gives dgamma and dbeta of the whole batch, the same on every rank, rather than those
+    /// of this shard. Off by default, because data-parallel training sums the gradients of all parameters anyway. It costs
+    /// nothing.
     #[must_use]
     pub fn with_global_parameters(self, global_parameters: bool) -> Self {
         Self { global_parameters, ..self }
@@ -108,8 +109,8 @@ impl<E: Element> SyncBatchNorm<E> {
         self.group.rank()
     }
 
-    /// [`BatchNorm::forward_train`] with the statistics of all shards, in one collective. Every rank's `saved` counts the values of
-    /// all, so that running statistics updated with it are those of the whole batch.
+    /// [`BatchNorm::forward_train`] with the statistics of all shards, in one collective. Every rank's `saved` counts the
+    /// values of all, so that running statistics updated with it are those of the whole batch.
     ///
     /// # Errors
     /// [`Error::Local`] with what was wrong on this rank, or with [`batchnorm::Error::EmptyBatch`] if no rank has values;
@@ -126,9 +127,9 @@ impl<E: Element> SyncBatchNorm<E> {
 
     /// [`SyncBatchNorm::forward_train`], with `work` done while the collective is under way. What it returns is returned.
     ///
-    /// Ranks may differ in what they do meanwhile, and other collectives may run in it, in the same order on all ranks. MPI may merge
-    /// in another order here than in [`SyncBatchNorm::forward_train`], so the last bits of the two may differ; each by itself is
-    /// the same on all ranks and in every run.
+    /// Ranks may differ in what they do meanwhile, and other collectives may run in it, in the same order on all ranks. MPI may
+    /// set parentheses in other places than for [`SyncBatchNorm::forward_train`], so the last bits of the two may differ; each
+    /// by itself is the same on all ranks and in every run.
     ///
     /// # Errors
     /// As [`SyncBatchNorm::forward_train`]; the work is done all the same.
@@ -160,8 +161,8 @@ impl<E: Element> SyncBatchNorm<E> {
         Ok(done)
     }
 
-    /// [`BatchNorm::backward`] with the sums of all shards, in one collective. dx is that of this shard; dgamma and dbeta are too,
-    /// unless [`SyncBatchNorm::with_global_parameters`] says otherwise. Ranks may want different gradients.
+    /// [`BatchNorm::backward`] with the sums of all shards, in one collective. dx is that of this shard; dgamma and dbeta are
+    /// too, unless [`SyncBatchNorm::with_global_parameters`] says otherwise. Ranks may want different gradients.
     ///
     /// # Errors
     /// [`Error::Local`] with what was wrong on this rank; [`Error::Remote`].
@@ -219,8 +220,8 @@ impl<E: Element> SyncBatchNorm<E> {
         Ok(done)
     }
 
-    /// The collective of the forward pass alone: `moments` of each shard become those of all. For passes that are put together from the
-    /// halves of [`BatchNorm`], in place for instance, and for [`batchnorm::Running::recompute`].
+    /// The collective of the forward pass alone: `moments` of each shard become those of all. For passes that are put together
+    /// from the halves of [`BatchNorm`], in place for instance, and for [`batchnorm::Running::recompute`].
     ///
     /// # Errors
     /// [`Error::Local`] for other than `C` moments; [`Error::Remote`].

@@ -1,5 +1,5 @@
-//! Three hidden layers of 100 sigmoids behind Batch Normalization, with all parameters in one slice, so that one message sums their
-//! gradients.
+//! Three hidden layers of 100 sigmoids behind Batch Normalization, with all parameters in one slice, so that one message sums
+//! their gradients.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Range;
@@ -72,7 +72,8 @@ impl Network {
         Ok(Network { layers, norms, parameters, gradients })
     }
 
-    /// One step of gradient descent on the mean cross-entropy of a batch of `whole` images, of which the ranks of `comm` have parts.
+    /// One step of gradient descent on the mean cross-entropy of a batch of `whole` images, of which the ranks of `comm` have
+    /// parts.
     pub fn step(
         &mut self,
         pixels: &[f32],

@@ -17,6 +17,7 @@ use std::process::{Command, ExitCode, Output};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Failed, Trial};
+use mpi::Threading;
 use mpi::topology::SimpleCommunicator;
 use mpi::traits::*;
 
@@ -86,7 +87,7 @@ fn rank(name: &str) {
             std::process::abort();
         }
     }));
-    let universe = mpi::initialize().unwrap();
+    let (universe, _) = mpi::initialize_with_threading(Threading::Funneled).unwrap();
     let world = universe.world();
     if let Some((_, die, _)) = DEATHS.iter().find(|(death, ..)| *death == name) {
         refusals::die(&world, *die);

@@ -1,5 +1,5 @@
-//! Options of plans and arguments on shards. With the same statistics and sums, what a shard gets is what its part of the joined batch
-//! gets in one process, bit for bit.
+//! Options of plans and arguments on shards. With the same statistics and sums, what a shard gets is what its part of the
+//! joined batch gets in one process, bit for bit.
 
 use batchnorm::{
     Activation, Affine, BatchNorm, Element, GradientSums, Gradients, Population, Real, RenormLimits, Shape,
