@@ -11,9 +11,9 @@ for check in "${@:-deny features minimal semver}"; do
         case $check in
         deny)
             has deny
-            cargo deny check bans licenses sources
+            cargo deny --workspace check bans licenses sources
             # Needs the network, or a database that was fetched before.
-            cargo deny check advisories || echo "advisories: not checked or not clean, see above"
+            cargo deny --workspace check advisories || echo "advisories: not checked or not clean, see above"
             ;;
         features)
             has hack
