@@ -1,4 +1,4 @@
-//! Inference without a pass of its own: Batch Normalization folded into the weights of a neighbouring layer.
+//! Inference without a pass of its own: as two plain vectors, or folded into the weights of a neighbouring layer.
 //!
 //! With `scale = gamma / sqrt(var + eps)` and `shift = beta - mean * scale` per channel, after a layer `W x + b`
 //!
@@ -20,6 +20,7 @@ use core::ops::Range;
 use crate::affine::Affine;
 use crate::element::{Element, Real};
 use crate::error::{Error, Result, check_len};
+use crate::moments::inv_std;
 use crate::plan::BatchNorm;
 use crate::running::Population;
 
@@ -155,6 +156,39 @@ impl<E: Element> BatchNorm<E> {
             }
         }
         Ok(())
+    }
+
+    /// Inference as plain vectors, `y = x * scale + shift` with `scale = gamma / sqrt(var + eps)` and
+    /// `shift = beta - mean * scale`, for engines that take nothing else. Computed in f64 and rounded once.
+    ///
+    /// Where `|mean|` is many standard deviations, `x * scale` and `shift` are large and cancel: in f32 the result is off by
+    /// about `6e-8 * |mean| / std`, where [`BatchNorm::forward_infer`] subtracts the mean first and loses nothing.
+    ///
+    /// # Errors
+    /// [`Error::Length`] for any slice; [`Error::Variance`].
+    pub fn scale_and_shift(
+        &self,
+        affine: Affine<'_, E>,
+        population: Population<'_, E::Param>,
+        scale: &mut [E::Param],
+        shift: &mut [E::Param],
+    ) -> Result<()> {
+        self.check_affine(affine)?;
+        self.check_population(population)?;
+        self.check_channels("scale", Some(scale))?;
+        self.check_channels("shift", Some(shift))?;
+        for c in 0..self.shape().channels() {
+            let (a, b) = self.line(affine, population, c);
+            (scale[c], shift[c]) = (Real::from_f64_saturating(a), Real::from_f64(b));
+        }
+        Ok(())
+    }
+
+    /// Scale and shift of a channel at inference.
+    pub(crate) fn line(&self, affine: Affine<'_, E>, population: Population<'_, E::Param>, c: usize) -> (f64, f64) {
+        let (gamma, beta) = affine.channel(c);
+        let scale = gamma * inv_std(population.var[c].to_f64(), self.eps());
+        (scale, beta - population.mean[c].to_f64() * scale)
     }
 
     fn check_fold(

@@ -71,6 +71,7 @@ mod forward;
 mod gates;
 mod ghost;
 mod grid;
+mod halves;
 mod kernel;
 mod moments;
 mod operation;

@@ -5,14 +5,12 @@ use std::sync::Arc;
 use crate::activation::Activation;
 use crate::affine::{Affine, Gradients};
 use crate::backward::Upstreams;
-use crate::element::{Element, Real};
+use crate::element::Element;
 use crate::error::{Error, Result, check_len};
 use crate::gates::Recorded;
 use crate::grid::{Geometry, Parallelism, among};
 use crate::kernel::map::{Map, Target};
-use crate::moments::{
-    AffineGradientsTo, GradientSums, Keep, Moments, MomentsTo, Saved, SumsTo, check_eps, common_count, inv_std,
-};
+use crate::moments::{AffineGradientsTo, Saved, check_eps};
 use crate::operation::{Job, NormalizeTo, Operation, Origin};
 use crate::pass::{BATCH, Context, Given};
 use crate::running::{Momentum, Population, Running, Variance, check_variances};
@@ -36,9 +34,9 @@ pub enum Stores {
 }
 
 /// Bytes of a tensor from which on memory is what a pass waits for: it is read ahead and stored past the caches.
-const LARGE: usize = 8 << 20;
+pub(crate) const LARGE: usize = 8 << 20;
 /// The same for a pass that reduces nothing: it needs room for its tensors once.
-const LARGE_ALONE: usize = 16 << 20;
+pub(crate) const LARGE_ALONE: usize = 16 << 20;
 /// Bytes of the channels that a thread reduces before it writes the first of them: small enough for a second-level cache,
 /// large enough for long stretches of memory.
 const BATCH_BYTES: usize = 600 << 10;
@@ -296,7 +294,7 @@ impl<E: Element> BatchNorm<E> {
     }
 
     /// Whether a pass stores past the caches. In place the lines are at hand anyway.
-    fn streams<T>(&self, in_place: bool, large: usize) -> bool {
+    pub(crate) fn streams<T>(&self, in_place: bool, large: usize) -> bool {
         !in_place
             && self.views.is_none()
             && match self.stores {
@@ -359,7 +357,7 @@ impl<E: Element> BatchNorm<E> {
     }
 
     /// Whether the input can be rebuilt, if it must.
-    fn check_rebuild(&self, affine: Affine<'_, E>, saved: &Saved<E::Param>) -> Result<()> {
+    pub(crate) fn check_rebuild(&self, affine: Affine<'_, E>, saved: &Saved<E::Param>) -> Result<()> {
         if !self.from_output {
             return Ok(());
         }
@@ -382,7 +380,7 @@ impl<E: Element> BatchNorm<E> {
         Ok(())
     }
 
-    fn check_saved(&self, saved: &Saved<E::Param>) -> Result<()> {
+    pub(crate) fn check_saved(&self, saved: &Saved<E::Param>) -> Result<()> {
         check_len("saved", self.shape.channels(), saved.channels())?;
         if saved.count == 0 && !saved.frozen { Err(Error::MissingStatistics) } else { Ok(()) }
     }
@@ -473,7 +471,7 @@ impl<E: Element> BatchNorm<E> {
         Ok(())
     }
 
-    fn normalize_to<'a>(&self, io: InOut<'a, E>, affine: Affine<'a, E>, large: usize) -> NormalizeTo<'a, E> {
+    pub(crate) fn normalize_to<'a>(&self, io: InOut<'a, E>, affine: Affine<'a, E>, large: usize) -> NormalizeTo<'a, E> {
         let first_bit = affine.recording().map(|gates| gates.first());
         let y = Target::new(io.to, self.streams::<E>(io.is_in_place(), large)).with_bits(first_bit);
         NormalizeTo { x: io.from, affine, y }
@@ -600,6 +598,17 @@ impl<E: Element> BatchNorm<E> {
         Upstreams { x: Source::new(x, Side::X), dy, saved, affine, count, is_output: self.from_output }
     }
 
+    /// Where the gradients of gamma and beta go.
+    pub(crate) fn gradients_to<'a>(
+        &self,
+        saved: &'a Saved<E::Param>,
+        dgamma: Option<&'a mut [E::Param]>,
+        dbeta: Option<&'a mut [E::Param]>,
+    ) -> AffineGradientsTo<'a, E::Param> {
+        let (dgamma, dbeta) = (dgamma.map(Disjoint::new), dbeta.map(Disjoint::new));
+        AffineGradientsTo { accumulates: self.accumulates, renorm: saved.renorm.as_ref(), dgamma, dbeta }
+    }
+
     /// The gradients, `dx` apart from the others.
     fn differentiate(
         &self,
@@ -614,8 +623,7 @@ impl<E: Element> BatchNorm<E> {
         dresidual.as_ref().map_or(Ok(()), |dresidual| self.check_tensor(Side::Y, "dresidual", dresidual))?;
         self.check_backward(saved, affine, dgamma.as_deref(), dbeta.as_deref())?;
         let from = self.upstreams(x, dy, saved, affine, self.count());
-        let (dgamma, dbeta) = (dgamma.map(Disjoint::new), dbeta.map(Disjoint::new));
-        let out = AffineGradientsTo { accumulates: self.accumulates, renorm: saved.renorm.as_ref(), dgamma, dbeta };
+        let out = self.gradients_to(saved, dgamma, dbeta);
         let streaming = self.streams::<E>(dx.is_some_and(|dx| dx.is_in_place()), LARGE);
         let target = |to| Target::new(to, streaming);
         let (dx, dresidual) =
@@ -653,279 +661,5 @@ impl<E: Element> BatchNorm<E> {
         check_len("saved", self.shape.channels(), saved.channels())?;
         saved.freeze(population, self.eps);
         Ok(())
-    }
-
-    /// Inference as plain vectors, `y = x * scale + shift` with `scale = gamma / sqrt(var + eps)` and
-    /// `shift = beta - mean * scale`, for engines that take nothing else. Computed in f64 and rounded once.
-    ///
-    /// Where `|mean|` is many standard deviations, `x * scale` and `shift` are large and cancel: in f32 the result is off by
-    /// about `6e-8 * |mean| / std`, where [`BatchNorm::forward_infer`] subtracts the mean first and loses nothing.
-    ///
-    /// # Errors
-    /// [`Error::Length`] for any slice; [`Error::Variance`].
-    pub fn scale_and_shift(
-        &self,
-        affine: Affine<'_, E>,
-        population: Population<'_, E::Param>,
-        scale: &mut [E::Param],
-        shift: &mut [E::Param],
-    ) -> Result<()> {
-        self.check_affine(affine)?;
-        self.check_population(population)?;
-        self.check_channels("scale", Some(scale))?;
-        self.check_channels("shift", Some(shift))?;
-        for c in 0..self.shape.channels() {
-            let (a, b) = self.line(affine, population, c);
-            (scale[c], shift[c]) = (Real::from_f64_saturating(a), Real::from_f64(b));
-        }
-        Ok(())
-    }
-
-    /// Scale and shift of a channel at inference.
-    pub(crate) fn line(&self, affine: Affine<'_, E>, population: Population<'_, E::Param>, c: usize) -> (f64, f64) {
-        let (gamma, beta) = affine.channel(c);
-        let scale = gamma * inv_std(population.var[c].to_f64(), self.eps);
-        (scale, beta - population.mean[c].to_f64() * scale)
-    }
-
-    /// The first half of a training forward pass: count, mean and sum of squared deviations of each channel. Shards of
-    /// a batch are joined by [`Moments::merge`], channel by channel; an empty shard has moments of count zero.
-    ///
-    /// # Errors
-    /// [`Error::Length`] for `x` or `moments` (`C` entries).
-    pub fn moments(&self, x: &[E], moments: &mut [Moments]) -> Result<()> {
-        self.check_tensor(Side::X, "x", x)?;
-        self.check_channels("moments", Some(moments))?;
-        moments.fill(Moments::default());
-        let out = MomentsTo { count: self.count(), out: Disjoint::new(moments) };
-        self.execute(Operation::Moments { x: Source::new(x, Side::X), out });
-        Ok(())
-    }
-
-    /// Turns moments, of this batch or of several shards merged, into the statistics to normalize with.
-    ///
-    /// # Errors
-    /// [`Error::Length`]; [`Error::EmptyBatch`] if the moments count no values; [`Error::Count`] if channels
-    /// counted different numbers.
-    pub fn finish(&self, moments: &[Moments], saved: &mut Saved<E::Param>) -> Result<()> {
-        self.check_channels("moments", Some(moments))?;
-        check_len("saved", self.shape.channels(), saved.channels())?;
-        let expected = common_count(moments)?;
-        if expected == 0 {
-            return Err(Error::EmptyBatch { batch: self.shape.batch(), spatial: self.shape.spatial() });
-        }
-        let record = saved.recorder(expected, self.eps);
-        for (batch, moments) in moments.chunks(BATCH).enumerate() {
-            let mut values = [[0.0; BATCH]; 3];
-            for (i, moments) in moments.iter().enumerate() {
-                [values[0][i], values[1][i], values[2][i]] = [moments.mean, moments.residue, moments.m2];
-            }
-            let start = batch * BATCH;
-            // SAFETY: each channel once, on one thread.
-            unsafe { record.keep(start..start + moments.len(), &values) };
-        }
-        Ok(())
-    }
-
-    /// The second half of a training forward pass: `y` from the statistics in `saved`. After
-    /// [`BatchNorm::moments`] and [`BatchNorm::finish`] on the same `x`, `y` has the bits that
-    /// [`BatchNorm::forward_train`] gives. An empty shard is a no-op.
-    ///
-    /// # Errors
-    /// [`Error::Length`]; [`Error::MissingStatistics`].
-    pub fn normalize(&self, x: &[E], affine: Affine<'_, E>, saved: &Saved<E::Param>, y: &mut [E]) -> Result<()> {
-        self.check_tensor(Side::X, "x", x)?;
-        self.check_tensor(Side::Y, "y", y)?;
-        self.normalize_io(InOut::forward(x, y), affine, saved)
-    }
-
-    /// [`BatchNorm::normalize`] with `y` written over `x`.
-    ///
-    /// # Errors
-    /// As [`BatchNorm::normalize`].
-    pub fn normalize_in_place(&self, x: &mut [E], affine: Affine<'_, E>, saved: &Saved<E::Param>) -> Result<()> {
-        self.check_in_place(Side::X, "x", x)?;
-        self.normalize_io(InOut::in_place(x), affine, saved)
-    }
-
-    fn normalize_io(&self, io: InOut<'_, E>, affine: Affine<'_, E>, saved: &Saved<E::Param>) -> Result<()> {
-        self.check_affine(affine)?;
-        self.check_saved(saved)?;
-        let origin = Origin::Batch(saved);
-        self.execute(Operation::Normalize { normalize: self.normalize_to(io, affine, LARGE_ALONE), origin });
-        Ok(())
-    }
-
-    /// The first half of a backward pass: `sum(dy)` and `sum(dy * xhat)` of each channel, which are dbeta and dgamma.
-    /// Shards of a batch are joined by [`GradientSums::merge`]; an empty shard has sums of zero.
-    ///
-    /// # Errors
-    /// [`Error::Length`]; [`Error::MissingStatistics`].
-    pub fn gradient_sums(
-        &self,
-        x: &[E],
-        dy: &[E],
-        saved: &Saved<E::Param>,
-        affine: Affine<'_, E>,
-        sums: &mut [GradientSums],
-    ) -> Result<()> {
-        self.check_tensor(Side::X, "x", x)?;
-        self.check_tensor(Side::Y, "dy", dy)?;
-        self.check_affine(affine)?;
-        self.check_channels("sums", Some(sums))?;
-        self.check_saved(saved)?;
-        self.check_rebuild(affine, saved)?;
-        sums.fill(GradientSums::default());
-        let from = self.upstreams(x, Source::new(dy, Side::Y), saved, affine, saved.count);
-        self.execute(Operation::GradientSums { from, out: SumsTo(Disjoint::new(sums)) });
-        Ok(())
-    }
-
-    /// The second half of a backward pass: dx from the sums over the whole batch. The number of values behind the
-    /// sums is that of `saved`. With the sums of the same `x` and `dy`, dx has the bits that
-    /// [`BatchNorm::backward`] gives. An empty shard is a no-op.
-    ///
-    /// # Errors
-    /// [`Error::Length`]; [`Error::MissingStatistics`].
-    pub fn input_gradient(
-        &self,
-        x: &[E],
-        dy: &[E],
-        saved: &Saved<E::Param>,
-        affine: Affine<'_, E>,
-        sums: &[GradientSums],
-        dx: &mut [E],
-    ) -> Result<()> {
-        self.check_tensor(Side::Y, "dy", dy)?;
-        self.check_tensor(Side::X, "dx", dx)?;
-        self.input_gradient_io(x, InOut::backward(dy, dx), saved, affine, sums)
-    }
-
-    /// [`BatchNorm::input_gradient`] with dx written over `dy`.
-    ///
-    /// # Errors
-    /// As [`BatchNorm::input_gradient`].
-    pub fn input_gradient_in_place(
-        &self,
-        x: &[E],
-        dy: &mut [E],
-        saved: &Saved<E::Param>,
-        affine: Affine<'_, E>,
-        sums: &[GradientSums],
-    ) -> Result<()> {
-        self.check_in_place(Side::Y, "dy", dy)?;
-        self.input_gradient_io(x, InOut::in_place(dy), saved, affine, sums)
-    }
-
-    fn input_gradient_io(
-        &self,
-        x: &[E],
-        io: InOut<'_, E>,
-        saved: &Saved<E::Param>,
-        affine: Affine<'_, E>,
-        sums: &[GradientSums],
-    ) -> Result<()> {
-        self.check_tensor(Side::X, "x", x)?;
-        self.check_affine(affine)?;
-        self.check_channels("sums", Some(sums))?;
-        self.check_saved(saved)?;
-        self.check_rebuild(affine, saved)?;
-        let from = self.upstreams(x, io.from, saved, affine, saved.count);
-        let dx = Target::new(io.to, self.streams::<E>(io.is_in_place(), LARGE_ALONE));
-        self.execute(Operation::InputGradient { from, dx, sums });
-        Ok(())
-    }
-
-    /// The second half of a backward pass for gamma and beta: dgamma and dbeta from the sums of this shard, or of all of them,
-    /// with the corrections of Batch Renormalization, and added to what is there if the plan accumulates. Those that
-    /// [`BatchNorm::backward`] gives, with the sums of the same `x` and `dy`.
-    ///
-    /// # Errors
-    /// [`Error::Length`]; [`Error::MissingStatistics`].
-    pub fn parameter_gradients(
-        &self,
-        saved: &Saved<E::Param>,
-        sums: &[GradientSums],
-        dgamma: Option<&mut [E::Param]>,
-        dbeta: Option<&mut [E::Param]>,
-    ) -> Result<()> {
-        self.check_channels("sums", Some(sums))?;
-        self.check_channels("dgamma", dgamma.as_deref())?;
-        self.check_channels("dbeta", dbeta.as_deref())?;
-        self.check_saved(saved)?;
-        let (dgamma, dbeta) = (dgamma.map(Disjoint::new), dbeta.map(Disjoint::new));
-        let out = AffineGradientsTo { accumulates: self.accumulates, renorm: saved.renorm.as_ref(), dgamma, dbeta };
-        for (batch, sums) in sums.chunks(BATCH).enumerate() {
-            let mut values = [[0.0; BATCH]; 2];
-            for (i, sums) in sums.iter().enumerate() {
-                [values[0][i], values[1][i]] = [sums.dy, sums.dy_xhat];
-            }
-            let start = batch * BATCH;
-            // SAFETY: each channel once, on one thread.
-            unsafe { out.keep(start..start + sums.len(), &values) };
-        }
-        Ok(())
-    }
-
-    /// The gradient of the residual alone, what the activation lets through of `dy`: no sums enter it. An empty shard is a
-    /// no-op.
-    ///
-    /// # Errors
-    /// [`Error::Length`]; [`Error::MissingStatistics`].
-    pub fn residual_gradient(
-        &self,
-        x: &[E],
-        dy: &[E],
-        saved: &Saved<E::Param>,
-        affine: Affine<'_, E>,
-        dresidual: &mut [E],
-    ) -> Result<()> {
-        let gradients = Gradients { dresidual: Some(dresidual), ..Default::default() };
-        self.check_backward_halves(x, dy, saved, affine, &gradients)?;
-        let from = self.upstreams(x, Source::new(dy, Side::Y), saved, affine, saved.count);
-        let streaming = self.streams::<E>(false, LARGE);
-        let dresidual = gradients.dresidual.map(|tensor| Target::new(Disjoint::tensor(tensor, Side::Y), streaming));
-        let out = AffineGradientsTo { accumulates: false, renorm: None, dgamma: None, dbeta: None };
-        self.execute(Operation::Backward { from, dx: None, dresidual, out });
-        Ok(())
-    }
-
-    /// All that [`BatchNorm::moments`] and [`BatchNorm::normalize`] ask of their arguments, of which nothing is written: for
-    /// shards that wait for each other between the halves and must refuse before they meet. `saved` may be empty yet.
-    ///
-    /// # Errors
-    /// [`Error::Length`].
-    pub fn check_forward_halves(&self, x: &[E], affine: Affine<'_, E>, y: &[E], saved: &Saved<E::Param>) -> Result<()> {
-        self.check_tensor(Side::X, "x", x)?;
-        self.check_tensor(Side::Y, "y", y)?;
-        self.check_affine(affine)?;
-        check_len("saved", self.shape.channels(), saved.channels())
-    }
-
-    /// The same for the halves of a backward pass: [`BatchNorm::gradient_sums`], [`BatchNorm::input_gradient`],
-    /// [`BatchNorm::parameter_gradients`] and [`BatchNorm::residual_gradient`].
-    ///
-    /// # Errors
-    /// [`Error::Length`]; [`Error::MissingStatistics`].
-    pub fn check_backward_halves(
-        &self,
-        x: &[E],
-        dy: &[E],
-        saved: &Saved<E::Param>,
-        affine: Affine<'_, E>,
-        gradients: &Gradients<'_, E>,
-    ) -> Result<()> {
-        self.check_tensor(Side::X, "x", x)?;
-        self.check_tensor(Side::Y, "dy", dy)?;
-        let of = |side, what, tensor: &Option<&mut [E]>| {
-            tensor.as_deref().map_or(Ok(()), |tensor| self.check_tensor(side, what, tensor))
-        };
-        of(Side::X, "dx", &gradients.dx)?;
-        of(Side::Y, "dresidual", &gradients.dresidual)?;
-        self.check_affine(affine)?;
-        self.check_channels("dgamma", gradients.dgamma.as_deref())?;
-        self.check_channels("dbeta", gradients.dbeta.as_deref())?;
-        self.check_saved(saved)?;
-        self.check_rebuild(affine, saved)
     }
 }
