@@ -5,8 +5,8 @@
 
 use arbitrary::Arbitrary;
 use batchnorm::{
-    Activation, Affine, BatchNorm, Cotangents, Error, Gradients, Layer, Layout, Moments, Momentum, Population,
-    Quantization, RenormLimits, Running, SecondGradients, Shape, Variance, View,
+    Activation, Affine, BatchNorm, Cotangents, Error, GradientSums, Gradients, Layer, Layout, Moments, Momentum,
+    Population, Quantization, RenormLimits, Running, SecondGradients, Shape, Variance, View,
 };
 use batchnorm_fuzz::{Bits, same_bits};
 use libfuzzer_sys::fuzz_target;
@@ -102,6 +102,7 @@ fn passes(input: &Input, bn: &BatchNorm<f32>) {
     if bn.backward(&x, &dy, &saved, affine.with_gates(&gates), gradients).is_err() {
         assert!(same_bits(&dx, &vec![f32::sentinel(); x_len]));
     }
+    halves(input, bn, &x, &dy);
     let mut in_place = dy.clone();
     let from_output = bn.clone().with_backward_from_output(true);
     let refused = from_output.backward_in_place(&x, &mut in_place, &saved, affine, Gradients::default()).is_err();
@@ -119,6 +120,50 @@ fn passes(input: &Input, bn: &BatchNorm<f32>) {
     if bn.forward_infer_quantized(&bytes, of(0), affine, population, &mut bytes_out, of(1)).is_err() {
         assert!(bytes_out.iter().all(|&byte| byte == 77));
     }
+    let mut bytes_over = bytes.clone();
+    if bn.forward_infer_quantized_in_place(&mut bytes_over, of(0), affine, population, of(1)).is_err() {
+        assert_eq!(bytes_over, bytes);
+    }
+}
+
+/// Whether a call was refused for its arguments, not for want of statistics.
+fn refused(result: Result<(), Error>) -> bool {
+    result.is_err_and(|error| error != Error::MissingStatistics)
+}
+
+/// The halves refuse what the checks ahead of them refuse, and nothing else.
+fn halves(input: &Input, bn: &BatchNorm<f32>, x: &[f32], dy: &[f32]) {
+    let channels = bn.shape().channels();
+    let activation = input.slope.map_or(Activation::None, Activation::LeakyRelu);
+    let affine = Affine::none().with_activation(activation);
+    let (mut y, mut dx) = (vec![f32::sentinel(); dy.len()], vec![f32::sentinel(); x.len()]);
+    let mut dresidual = y.clone();
+    let [mut dgamma, mut dbeta] = [2, 3].map(|i| vec![f32::sentinel(); about(channels, input.off[i])]);
+    let (mut saved, mut moments, mut sums) =
+        (bn.saved(), vec![Moments::default(); channels], vec![GradientSums::default(); channels]);
+
+    let checked = bn.check_forward_halves(x, affine, &y, &saved).is_err();
+    let first = bn.moments(x, &mut moments);
+    // An empty batch leaves nothing to finish.
+    let _ = bn.finish(&moments, &mut saved);
+    let second = bn.normalize(x, affine, &saved, &mut y);
+    assert_eq!(checked, first.is_err() || refused(second));
+
+    let bn = bn.clone().with_accumulation(input.last);
+    let gradients = Gradients {
+        dx: Some(&mut dx),
+        dgamma: Some(&mut dgamma),
+        dbeta: Some(&mut dbeta),
+        dresidual: Some(&mut dresidual),
+    };
+    let checked = refused(bn.check_backward_halves(x, dy, &saved, affine, &gradients));
+    let first = bn.gradient_sums(x, dy, &saved, affine, &mut sums);
+    let results = [
+        bn.input_gradient(x, dy, &saved, affine, &sums, &mut dx),
+        bn.parameter_gradients(&saved, &sums, Some(&mut dgamma), Some(&mut dbeta)),
+        bn.residual_gradient(x, dy, &saved, affine, &mut dresidual),
+    ];
+    assert_eq!(checked, refused(first) || results.into_iter().any(refused));
 }
 
 fn beside(input: &Input, bn: BatchNorm<f32>) {
@@ -133,11 +178,12 @@ fn beside(input: &Input, bn: BatchNorm<f32>) {
         assert_eq!(saved, before);
     }
     if bn.freeze(population, &mut saved).is_err() {
-        assert_eq!(saved.count(), 0);
+        assert!(saved.count() == 0 && !saved.is_frozen());
     }
     let [outputs, inputs, taps, groups] = input.layer.map(usize::from);
     let layer = match input.transposed {
         true => Layer::transposed(inputs, outputs, taps),
+        false if taps == 1 => Layer::linear(outputs, inputs),
         false => Layer::convolution(outputs, inputs, taps),
     };
     if let Ok(layer) = layer.with_groups(groups) {

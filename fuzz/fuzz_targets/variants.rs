@@ -96,6 +96,9 @@ fn quantized(input: &Input<'_>) {
                 other.unwrap();
                 let then = reference::forward_infer_quantized(&shape, &x, of(0), affine, (population, bn.eps()), of(1));
                 assert_eq!(y, then, "quantized on {}", bn.tier());
+                let mut over = x.clone();
+                bn.forward_infer_quantized_in_place(&mut over, of(0), affine, population, of(1)).unwrap();
+                assert_eq!(over, then, "quantized in place on {}", bn.tier());
             }
         }
     }
@@ -211,6 +214,9 @@ impl<E: Tested> Case<'_, E> {
         let y_then = reference::normalize(&self.shape, self.x, self.affine, &then);
         assert_bits("y renormalized", bn.tier(), &y, &y_then);
         self.back(bn, &saved);
+        saved.do_not_renormalize();
+        bn.forward_train(self.x, self.affine, &mut y, &mut saved).unwrap();
+        assert_saved("no longer renormalized", bn.tier(), &saved, &self.saved(bn));
     }
 
     fn population(&self) -> (Vec<E::Param>, Vec<E::Param>) {
@@ -233,6 +239,14 @@ impl<E: Tested> Case<'_, E> {
         assert_bits("dx in place", bn.tier(), &dx, &dx_then);
         assert_bits("dgamma", bn.tier(), &dgamma, &dgamma_then);
         assert_bits("dbeta", bn.tier(), &dbeta, &dbeta_then);
+        // Added to the zeros that add nothing, not even a sign.
+        let nothing = E::Param::from_f64(-0.0);
+        dgamma.fill(nothing);
+        dbeta.fill(nothing);
+        let adding = bn.clone().with_accumulation(true);
+        adding.parameter_gradients(saved, &sums, Some(&mut dgamma), Some(&mut dbeta)).unwrap();
+        assert_bits("dgamma added", bn.tier(), &dgamma, &dgamma_then);
+        assert_bits("dbeta added", bn.tier(), &dbeta, &dbeta_then);
     }
 
     /// Virtual batches, each as a batch of its own.
