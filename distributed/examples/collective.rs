@@ -27,7 +27,9 @@ struct Args {
     quick: bool,
 }
 
-const CHANNELS: [usize; 6] = [16, 64, 256, 1024, 4096, 16384];
+const CHANNELS: [usize; 12] = [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384];
+/// Bytes of a message up to which Open MPI sends it at once over shared memory; a longer one waits until it is asked for.
+const EAGER: f64 = 4096.0;
 /// Bytes of a channel on the wire, forward and backward.
 const BYTES: [usize; 2] = [size_of::<Moments>(), size_of::<GradientSums>()];
 
@@ -159,25 +161,31 @@ fn fit(points: &[Point]) -> [f64; 2] {
 
 /// Prints the fit, how far off it is, and what it says of more ranks.
 fn model(points: &[Vec<Point>; 2]) {
-    println!("\n| collective | latency of a round, us | GB/s in a round | worst measured / fitted |");
-    println!("|---|---|---|---|");
+    println!("\n| collective | messages | latency of a round, us | GB/s in a round | worst measured / fitted |");
+    println!("|---|---|---|---|---|");
     let fits = ["moments", "sums"].iter().zip(points).map(|(name, points)| {
-        let apart: Vec<Point> = points.iter().copied().filter(|p| p.rounds > 0.0).collect();
-        let [latency, per_byte] = fit(&apart);
-        let fitted = |p: &Point| p.alone + p.rounds * (latency + p.bytes * per_byte);
-        let off = apart.iter().map(|p| (p.time / fitted(p)).max(fitted(p) / p.time)).fold(1.0, f64::max);
-        println!("| {name} | {latency:.2} | {:.2} | {off:.2} |", 1e-3 / per_byte);
-        [latency, per_byte]
+        ["up to 4 KiB", "longer"].map(|length| {
+            let of = |p: &Point| p.rounds > 0.0 && (p.bytes <= EAGER) == (length != "longer");
+            let apart: Vec<Point> = points.iter().copied().filter(of).collect();
+            let [latency, per_byte] = fit(&apart);
+            let fitted = |p: &Point| p.alone + p.rounds * (latency + p.bytes * per_byte);
+            let off = apart.iter().map(|p| (p.time / fitted(p)).max(fitted(p) / p.time)).fold(1.0, f64::max);
+            println!("| {name} | {length} | {latency:.2} | {:.2} | {off:.2} |", 1e-3 / per_byte);
+            [latency, per_byte]
+        })
     });
     let fits: Vec<_> = fits.collect();
-    println!(
-        "\nWith this latency and bandwidth between all ranks, the rounds of both collectives of a step, in microseconds:\n"
-    );
+    println!("\nWith these between all ranks, the rounds of both collectives of a step, in microseconds:\n");
     println!("| C | 64 ranks | 1024 ranks | 16384 ranks |");
     println!("|---|---|---|---|");
     for channels in [64, 256, 2048] {
         let of = |rounds: f64| -> f64 {
-            fits.iter().zip(BYTES).map(|([a, b], bytes)| rounds * (a + b * ((channels + 1) * bytes) as f64)).sum()
+            let round = |([short, long], of_channel): (&[[f64; 2]; 2], usize)| {
+                let bytes = ((channels + 1) * of_channel) as f64;
+                let [latency, per_byte] = if bytes <= EAGER { short } else { long };
+                latency + per_byte * bytes
+            };
+            rounds * fits.iter().zip(BYTES).map(round).sum::<f64>()
         };
         println!("| {channels} | {:.0} | {:.0} | {:.0} |", of(6.0), of(10.0), of(14.0));
     }
