@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Memory checks of the test suite: `tests/sanitize.sh address|valgrind|thread|unsafe`. See docs/testing.md.
+# Memory checks of the test suite: `tests/sanitize.sh address|valgrind|unsafe`. See docs/testing.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -7,7 +7,7 @@ host=x86_64-unknown-linux-gnu
 # Artifacts of their own: other flags would rebuild everything each time.
 target=${CARGO_TARGET_DIR:-target}
 
-case "${1:?expected address, valgrind, thread or unsafe}" in
+case "${1:?expected address, valgrind or unsafe}" in
 address)
     # All tests on all tiers; each slice of the heap has red zones at both ends, those of tests/guarded.rs pages.
     export CARGO_TARGET_DIR=$target/address RUSTFLAGS=-Zsanitizer=address RUSTDOCFLAGS=-Zsanitizer=address
@@ -22,12 +22,6 @@ valgrind)
     cargo test --all-features --lib --test literal --test contract
     cargo test --all-features --test bits -- corner_cases random_cases
     cargo test --all-features --test variants
-    ;;
-thread)
-    # Data races between the threads of a pass and between callers. The standard library is not instrumented without
-    # -Zbuild-std, so what it synchronizes is seen in part: see docs/testing.md.
-    export CARGO_TARGET_DIR=$target/thread RUSTFLAGS="-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer"
-    cargo +nightly test --all-features --target $host --test load
     ;;
 unsafe)
     # Blocks, functions, implementations and traits, by file.
