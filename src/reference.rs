@@ -44,6 +44,16 @@ fn channel_of(shape: &Shape, index: usize) -> usize {
     }
 }
 
+/// The elements of a channel.
+fn elements_of(shape: &Shape, channel: usize) -> impl Iterator<Item = usize> {
+    let (channels, run) = match Geometry::new(shape) {
+        Geometry::Planar(planar) => (planar.channels, planar.plane),
+        Geometry::Rows(rows) => (rows.channels, 1),
+    };
+    let starts = (0..shape.len()).step_by((channels * run).max(1));
+    starts.flat_map(move |start| (0..run).map(move |i| start + channel * run + i))
+}
+
 /// The terms of one element.
 type Pair<R> = (R, R);
 
@@ -669,7 +679,7 @@ pub fn double_backward<E: Element>(
         let of_v = -scale * b * s;
         let (hi, of_v_rounded) = (narrow(mean_v), E::Param::from_f64_saturating(of_v));
         let of_v_shift = narrow(0.0 - narrow(mean_v - hi.to_f64()).to_f64() * of_v);
-        for i in (0..x.len()).filter(|&i| channel_of(shape, i) == c) {
+        for i in elements_of(shape, c) {
             of_dy[i] = map(i, v, mean_v, scale, w * r - scale * cx, u + w * offset);
             let part = map(i, dy, a, (w * r - scale * cx) * s, bent, 0.0);
             let rest = (v[i].to_param() - hi) * of_v_rounded + of_v_shift;
