@@ -135,6 +135,28 @@ pub enum Error {
         /// What was expected.
         reason: &'static str,
     },
+    /// An array of other sizes than those of the plan.
+    #[cfg(feature = "ndarray")]
+    #[error("`{what}` must be an array of the sizes {expected:?}, got {got:?}")]
+    Sizes {
+        /// The argument's name.
+        what: &'static str,
+        /// The sizes of the plan.
+        expected: Vec<usize>,
+        /// The sizes that were given.
+        got: Vec<usize>,
+    },
+    /// An array that lies otherwise than the one that the plan was made for.
+    #[cfg(feature = "ndarray")]
+    #[error("`{what}` must be an array with the strides {expected:?}, got {got:?}")]
+    Strides {
+        /// The argument's name.
+        what: &'static str,
+        /// The strides of the plan, in elements.
+        expected: Vec<isize>,
+        /// The strides that were given.
+        got: Vec<isize>,
+    },
     /// The scale of a quantized tensor is zero, negative, infinite or NaN.
     #[error("the scale of a quantized tensor must be finite and above 0, got {got}")]
     Quantization {

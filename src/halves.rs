@@ -92,7 +92,7 @@ impl<E: Element> BatchNorm<E> {
         self.check_saved(saved)?;
         self.check_rebuild(affine, saved)?;
         sums.fill(GradientSums::default());
-        let from = self.upstreams(x, Source::new(dy, Side::Y), saved, affine, saved.count);
+        let from = self.upstreams(Source::new(x, Side::X), Source::new(dy, Side::Y), saved, affine, saved.count);
         self.execute(Operation::GradientSums { from, out: SumsTo(Disjoint::new(sums)) });
         Ok(())
     }
@@ -146,7 +146,7 @@ impl<E: Element> BatchNorm<E> {
         self.check_channels("sums", Some(sums))?;
         self.check_saved(saved)?;
         self.check_rebuild(affine, saved)?;
-        let from = self.upstreams(x, io.from, saved, affine, saved.count);
+        let from = self.upstreams(Source::new(x, Side::X), io.from, saved, affine, saved.count);
         let dx = Target::new(io.to, self.streams::<E>(io.is_in_place(), LARGE_ALONE));
         self.execute(Operation::InputGradient { from, dx, sums });
         Ok(())
@@ -189,7 +189,7 @@ impl<E: Element> BatchNorm<E> {
     ) -> Result<()> {
         let gradients = Gradients { dresidual: Some(dresidual), ..Default::default() };
         self.check_backward_halves(x, dy, saved, affine, &gradients)?;
-        let from = self.upstreams(x, Source::new(dy, Side::Y), saved, affine, saved.count);
+        let from = self.upstreams(Source::new(x, Side::X), Source::new(dy, Side::Y), saved, affine, saved.count);
         let streaming = self.streams::<E>(false, LARGE);
         let dresidual = gradients.dresidual.map(|tensor| Target::new(Disjoint::tensor(tensor, Side::Y), streaming));
         let out = self.gradients_to(saved, None, None);

@@ -58,11 +58,14 @@
 //!
 //! - `rayon` (default): large tensors are shared among the threads of the rayon pool that the caller is in.
 //! - `half`: `half::bf16` and `half::f16` as element types.
+//! - `ndarray`: passes over arrays of the crate ndarray where they lie, `Arrays`.
 
 #![deny(missing_docs)]
 
 mod activation;
 mod affine;
+#[cfg(feature = "ndarray")]
+mod arrays;
 mod backward;
 mod element;
 mod error;
@@ -90,6 +93,8 @@ mod view;
 
 pub use activation::Activation;
 pub use affine::{Affine, Gradients};
+#[cfg(feature = "ndarray")]
+pub use arrays::{ArrayGradients, Arrays};
 pub use element::{Element, Real};
 pub use error::{Error, Result};
 pub use fold::Layer;

@@ -209,6 +209,12 @@ impl<E: Element> BatchNorm<E> {
         Self { geometry: Geometry::new(&views.logical()), views: Some(Arc::new(views)), pool: Pool::new(), ..self }
     }
 
+    /// Whether the tensors of another plan lie where those of this one do.
+    #[cfg(feature = "ndarray")]
+    pub(crate) fn lies_like(&self, other: &Self) -> bool {
+        self.shape == other.shape && self.views == other.views
+    }
+
     /// Refuses to go on without the views.
     pub(crate) fn check_dense(&self) -> Result<()> {
         match self.views {
@@ -424,7 +430,7 @@ impl<E: Element> BatchNorm<E> {
         self.check_batch()
     }
 
-    fn train(&self, io: InOut<'_, E>, affine: Affine<'_, E>, saved: &mut Saved<E::Param>) -> Result<()> {
+    pub(crate) fn train(&self, io: InOut<'_, E>, affine: Affine<'_, E>, saved: &mut Saved<E::Param>) -> Result<()> {
         self.check_train(affine, saved)?;
         let count = self.count();
         let normalize = self.normalize_to(io, affine, LARGE);
@@ -463,7 +469,12 @@ impl<E: Element> BatchNorm<E> {
         self.infer(InOut::in_place(x), affine, population)
     }
 
-    fn infer(&self, io: InOut<'_, E>, affine: Affine<'_, E>, population: Population<'_, E::Param>) -> Result<()> {
+    pub(crate) fn infer(
+        &self,
+        io: InOut<'_, E>,
+        affine: Affine<'_, E>,
+        population: Population<'_, E::Param>,
+    ) -> Result<()> {
         self.check_affine(affine)?;
         self.check_population(population)?;
         let origin = Origin::Population { population, eps: self.eps };
@@ -544,8 +555,8 @@ impl<E: Element> BatchNorm<E> {
         if let Some(dx) = &gradients.dx {
             self.check_tensor(Side::X, "dx", dx)?;
         }
-        let dx = gradients.dx.map(|dx| InOut::backward(dy, dx));
-        self.differentiate(x, Source::new(dy, Side::Y), dx, saved, affine, Gradients { dx: None, ..gradients })
+        let (dx, rest) = (gradients.dx.map(|dx| InOut::backward(dy, dx)), Gradients { dx: None, ..gradients });
+        self.differentiate_slices(x, Source::new(dy, Side::Y), dx, saved, affine, rest)
     }
 
     /// [`BatchNorm::backward`] with dx written over `dy`.
@@ -563,7 +574,7 @@ impl<E: Element> BatchNorm<E> {
         gradients.check_in_place()?;
         self.check_in_place(Side::Y, "dy", dy)?;
         let dx = InOut::in_place(dy);
-        self.differentiate(x, dx.from, Some(dx), saved, affine, gradients)
+        self.differentiate_slices(x, dx.from, Some(dx), saved, affine, gradients)
     }
 
     /// All that a backward pass asks of its arguments but for the lengths of tensors.
@@ -589,13 +600,13 @@ impl<E: Element> BatchNorm<E> {
     /// What a backward pass reads, of `count` values per channel.
     pub(crate) fn upstreams<'a>(
         &self,
-        x: &'a [E],
+        x: Source<'a, E>,
         dy: Source<'a, E>,
         saved: &'a Saved<E::Param>,
         affine: Affine<'a, E>,
         count: u64,
     ) -> Upstreams<'a, E> {
-        Upstreams { x: Source::new(x, Side::X), dy, saved, affine, count, is_output: self.from_output }
+        Upstreams { x, dy, saved, affine, count, is_output: self.from_output }
     }
 
     /// Where the gradients of gamma and beta go.
@@ -610,7 +621,7 @@ impl<E: Element> BatchNorm<E> {
     }
 
     /// The gradients, `dx` apart from the others.
-    fn differentiate(
+    fn differentiate_slices(
         &self,
         x: &[E],
         dy: Source<'_, E>,
@@ -621,13 +632,27 @@ impl<E: Element> BatchNorm<E> {
     ) -> Result<()> {
         self.check_tensor(Side::X, "x", x)?;
         dresidual.as_ref().map_or(Ok(()), |dresidual| self.check_tensor(Side::Y, "dresidual", dresidual))?;
+        let dresidual = dresidual.map(|tensor| Disjoint::tensor(tensor, Side::Y));
+        let affine_gradients = Gradients { dgamma, dbeta, ..Default::default() };
+        self.differentiate(Source::new(x, Side::X), dy, (dx, dresidual), saved, affine, affine_gradients)
+    }
+
+    /// The gradients of tensors that were checked, `dx` and the residual's apart from the others.
+    pub(crate) fn differentiate(
+        &self,
+        x: Source<'_, E>,
+        dy: Source<'_, E>,
+        (dx, dresidual): (Option<InOut<'_, E>>, Option<Disjoint<'_, E>>),
+        saved: &Saved<E::Param>,
+        affine: Affine<'_, E>,
+        Gradients { dgamma, dbeta, .. }: Gradients<'_, E>,
+    ) -> Result<()> {
         self.check_backward(saved, affine, dgamma.as_deref(), dbeta.as_deref())?;
         let from = self.upstreams(x, dy, saved, affine, self.count());
         let out = self.gradients_to(saved, dgamma, dbeta);
         let streaming = self.streams::<E>(dx.is_some_and(|dx| dx.is_in_place()), LARGE);
         let target = |to| Target::new(to, streaming);
-        let (dx, dresidual) =
-            (dx.map(|dx| target(dx.to)), dresidual.map(|tensor| target(Disjoint::tensor(tensor, Side::Y))));
+        let (dx, dresidual) = (dx.map(|dx| target(dx.to)), dresidual.map(target));
         self.execute(Operation::Backward { from, dx, dresidual, out });
         Ok(())
     }

@@ -107,7 +107,7 @@ impl<E: Element> BatchNorm<E> {
             return Err(Error::SecondDerivative);
         }
         let to = |tensor, side| Target::new(Disjoint::tensor(tensor, side), false);
-        let from = self.upstreams(x, Source::new(dy, Side::Y), saved, affine, self.count());
+        let from = self.upstreams(Source::new(x, Side::X), Source::new(dy, Side::Y), saved, affine, self.count());
         let mut means = vec![[0.0; 5]; self.shape().channels()];
         self.execute(Operation::Twice(Twice {
             from,

@@ -37,6 +37,15 @@ impl<'a, T> Disjoint<'a, T> {
         Self { ptr: slice.as_mut_ptr(), len: slice.len(), side, life: PhantomData }
     }
 
+    /// A tensor that begins at `ptr`, what its view shows of `len` elements alone.
+    ///
+    /// # Safety
+    /// The elements that the view shows may be written for `'a`, and nothing else accesses them.
+    #[cfg(feature = "ndarray")]
+    pub(crate) unsafe fn shown(ptr: *mut T, len: usize, side: Side) -> Self {
+        Self { ptr, len, side, life: PhantomData }
+    }
+
     pub(crate) fn side(&self) -> Side {
         self.side
     }
@@ -86,6 +95,15 @@ unsafe impl<T: Sync> Sync for Source<'_, T> {}
 impl<'a, T> Source<'a, T> {
     pub(crate) fn new(slice: &'a [T], side: Side) -> Self {
         Self { ptr: slice.as_ptr(), side, life: PhantomData }
+    }
+
+    /// A tensor that begins at `ptr`, what its view shows alone.
+    ///
+    /// # Safety
+    /// The elements that the view shows may be read for `'a`, and nothing writes them but the pass itself, in place.
+    #[cfg(feature = "ndarray")]
+    pub(crate) unsafe fn shown(ptr: *const T, side: Side) -> Self {
+        Self { ptr, side, life: PhantomData }
     }
 
     pub(crate) fn as_ptr(&self) -> *const T {

@@ -71,11 +71,10 @@ impl View {
 
     /// Elements at strides: `sizes` and `strides`, in elements, in the order of the letters of the layout, the batch first. So a
     /// slice of the channels of a larger tensor, or a crop of its rows, is used where it lies; the slice that is passed begins
-    /// with its first element.
+    /// with its first element. A last stride of 1 is what passes are fast with; over any other, elements are copied one by one.
     ///
     /// # Errors
-    /// [`Error::View`] if the sizes are not the shape's, there are more than five, the last stride is not 1, or elements share a
-    /// place.
+    /// [`Error::View`] if the sizes are not the shape's, there are more than five, or elements share a place.
     pub fn strided(shape: &Shape, sizes: &[usize], strides: &[usize]) -> Result<Self> {
         let refuse = |reason| Err(Error::View { reason });
         if sizes.len() != strides.len() || sizes.len() < 2 || sizes.len() > 5 {
@@ -89,9 +88,6 @@ impl View {
         let size = spatial.iter().try_fold(1usize, |size, &dim| size.checked_mul(dim));
         if batch != shape.batch() || channels != shape.channels() || size != Some(shape.spatial()) {
             return refuse("expected the sizes of the shape, the batch first");
-        }
-        if strides[strides.len() - 1] != 1 {
-            return refuse("expected a last stride of 1");
         }
         // From the smallest stride on, each must pass over all that lies within it.
         let mut dims: Vec<_> = sizes.iter().copied().zip(strides.iter().copied()).filter(|dim| dim.0 > 1).collect();
@@ -111,17 +107,19 @@ impl View {
             *outer = if dim.0 == 1 { (1, 0) } else { dim };
         }
         let mut row = sizes[sizes.len() - 1];
+        let step = if row > 1 { strides[strides.len() - 1] } else { 1 };
         // Rows that follow each other are one.
         while outer != [(1, 0); 4] {
             let [.., (size, stride)] = outer;
-            if size != 1 && stride != row {
+            if size != 1 && stride != row * step {
                 break;
             }
             row *= size;
             outer.rotate_right(1);
             outer[0] = (1, 0);
         }
-        let order = Order::Nested { outer, row, run: row, run_stride: 0 };
+        let (run, run_stride) = if step == 1 { (row, 0) } else { (1, step) };
+        let order = Order::Nested { outer, row, run, run_stride };
         Ok(Self { shape: *shape, logical: *shape, len: if shape.is_empty() { 0 } else { span }, order })
     }
 

@@ -151,9 +151,9 @@ fn sizes(shape: &Shape) -> Vec<usize> {
     }
 }
 
-/// Strides with `gap` elements more than dense ones in every dimension but the last.
-fn strides(sizes: &[usize], gap: usize) -> Vec<usize> {
-    let mut strides = vec![1; sizes.len()];
+/// Strides with `gap` elements more than dense ones in every dimension but the last, whose elements lie `step` apart.
+fn strides(sizes: &[usize], gap: usize, step: usize) -> Vec<usize> {
+    let mut strides = vec![step; sizes.len()];
     for k in (1..sizes.len()).rev() {
         strides[k - 1] = strides[k] * sizes[k] + gap;
     }
@@ -179,19 +179,21 @@ where
     let shape = &cell.shape;
     let sizes = sizes(shape);
     let dense = cell.plan::<E>();
-    let view = |gap| {
-        let strides = strides(&sizes, gap);
+    let view = |gap, step| {
+        let strides = strides(&sizes, gap, step);
         let view = View::strided(shape, &sizes, &strides).unwrap();
         // Longer than it need be.
         let place = place_of(&sizes, &strides, view.len() + gap);
         assert_eq!(place.elements.iter().max(), Some(&(view.len() - 1)));
         (view, place)
     };
-    let ((x, x_at), (y, y_at)) = (view(3), view(0));
-    assert_eq!(y, View::strided(shape, &sizes, &strides(&sizes, 0)).unwrap());
+    let ((x, x_at), (y, y_at)) = (view(3, 1), view(0, 1));
+    assert_eq!(y, View::dense(shape));
     check(&dense, &dense.clone().with_views(x.clone(), y).unwrap(), &x_at, &y_at);
-    let (y, y_at) = view(11);
-    check(&dense, &dense.clone().with_views(x.clone(), y).unwrap(), &x_at, &y_at);
+    for (gap, step) in [(11, 1), (0, 2), (5, 3)] {
+        let (y, y_at) = view(gap, step);
+        check(&dense, &dense.clone().with_views(x.clone(), y).unwrap(), &x_at, &y_at);
+    }
     check_in_place(&dense, &dense.clone().with_views(x.clone(), x).unwrap(), &x_at);
 }
 
