@@ -7,11 +7,15 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
-use plotters::coord::Shift;
 use plotters::coord::ranged1d::{AsRangedCoord, ValueFormatter};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use serde::Deserialize;
+
+use plot::{COLORS, Panel, look, svg};
+
+#[path = "../examples/plot/mod.rs"]
+mod plot;
 
 /// Draws the results of the other benches.
 #[derive(Parser)]
@@ -27,20 +31,11 @@ struct Args {
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 /// From the text of a file of results to a picture.
 type Draw = fn(&str) -> Result<String>;
-type Panel<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-/// Sizes of text: of labels, of axes and of titles.
+/// Sizes of text: of labels and of titles, and those of a grid.
 const SMALL: (&str, i32) = ("sans-serif", 13);
-const MEDIUM: (&str, i32) = ("sans-serif", 15);
 const LARGE: (&str, i32) = ("sans-serif", 20);
-
-const COLORS: [RGBColor; 5] = [
-    RGBColor(0x1f, 0x5f, 0xa8),
-    RGBColor(0xc4, 0x4e, 0x1c),
-    RGBColor(0x3a, 0x8a, 0x4a),
-    RGBColor(0x7a, 0x4a, 0x9a),
-    RGBColor(0x80, 0x80, 0x80),
-];
+const GRID: [i32; 2] = [13, 15];
 
 fn main() -> Result<()> {
     let args = Args::parse();
@@ -89,24 +84,22 @@ struct Roofline {
 fn roofline(json: &str) -> Result<String> {
     let mut lines: Vec<Roofline> = serde_json::from_str(json)?;
     lines.retain(|line| line.dtype == "f32");
-    let mut svg = String::new();
-    let root = SVGBackend::with_string(&mut svg, (1500, 900)).into_drawing_area();
-    root.fill(&WHITE)?;
-    for (i, panel) in root.split_evenly((2, 3)).iter().enumerate() {
-        let pass = ["forward", "backward", "inference"][i % 3];
-        let rows_of_channels = i / 3 == 1;
-        let inside =
-            |line: &&Roofline| line.pass == pass && ["NHWC", "NC"].contains(&line.layout.as_str()) == rows_of_channels;
-        let mut dots = Dots::default();
-        for line in lines.iter().filter(inside) {
-            dots.add(format!("{} {}", line.layout, line.shape.name()), &threads(line.threads), line.ratio);
+    svg((1500, 900), |sheet| {
+        for (i, panel) in sheet.split_evenly((2, 3)).iter().enumerate() {
+            let pass = ["forward", "backward", "inference"][i % 3];
+            let rows_of_channels = i / 3 == 1;
+            let inside = |line: &&Roofline| {
+                line.pass == pass && ["NHWC", "NC"].contains(&line.layout.as_str()) == rows_of_channels
+            };
+            let mut dots = Dots::default();
+            for line in lines.iter().filter(inside) {
+                dots.add(format!("{} {}", line.layout, line.shape.name()), &threads(line.threads), line.ratio);
+            }
+            let layouts = if rows_of_channels { "NHWC, NC" } else { "NCHW, NCDHW" };
+            dots.draw(panel, &format!("{pass}, {layouts}"), "time / yardstick, f32")?;
         }
-        let layouts = if rows_of_channels { "NHWC, NC" } else { "NCHW, NCDHW" };
-        dots.draw(panel, &format!("{pass}, {layouts}"), "time / yardstick, f32")?;
-    }
-    root.present()?;
-    drop(root);
-    Ok(svg)
+        Ok(())
+    })
 }
 
 fn threads(n: usize) -> String {
@@ -152,17 +145,12 @@ impl Dots {
             .x_label_area_size(40)
             .y_label_area_size(150)
             .build_cartesian_2d(axis, -0.5..rows - 0.5)?;
-        chart
-            .configure_mesh()
+        look(&mut chart.configure_mesh(), GRID)
             .disable_y_mesh()
             .disable_y_axis()
             .x_desc(description)
             .x_labels(8)
             .x_label_formatter(&|x| format!("{x:.1}"))
-            .light_line_style(TRANSPARENT)
-            .bold_line_style(BLACK.mix(0.12))
-            .label_style(SMALL)
-            .axis_desc_style(MEDIUM)
             .draw()?;
         chart.draw_series(LineSeries::new([(1.0, -0.5), (1.0, rows - 0.5)], BLACK.mix(0.6)))?;
         let text = SMALL.into_text_style(panel).pos(Pos::new(HPos::Right, VPos::Center));
@@ -203,54 +191,46 @@ fn sweep(json: &str) -> Result<String> {
     let (low, high) = lines
         .iter()
         .fold((f64::MAX, 0.0f64), |(low, high), line| (low.min(line.ns_per_element), high.max(line.ns_per_element)));
-    let mut svg = String::new();
-    let root = SVGBackend::with_string(&mut svg, (1300, 900)).into_drawing_area();
-    root.fill(&WHITE)?;
-    for (i, panel) in root.split_evenly((2, 2)).iter().enumerate() {
-        let (n, layout) = ([1, most][i % 2], ["NCHW", "NHWC"][i / 2]);
-        let mut chart = ChartBuilder::on(panel)
-            .margin(14)
-            .caption(format!("{layout}, {}", threads(n)), LARGE)
-            .x_label_area_size(40)
-            .y_label_area_size(60)
-            .build_cartesian_2d((1e3..1.2e9).log_scale(), (low * 0.9..high * 3.0).log_scale())?;
-        chart
-            .configure_mesh()
-            .x_desc("bytes of the tensor, f32")
-            .y_desc("ns per element")
-            .x_label_formatter(&|x| size(*x))
-            .light_line_style(TRANSPARENT)
-            .bold_line_style(BLACK.mix(0.12))
-            .label_style(SMALL)
-            .axis_desc_style(MEDIUM)
-            .draw()?;
-        for (pass, color) in ["forward", "backward", "inference", "copy", "stream"].iter().zip(COLORS) {
-            let of_pass = lines
-                .iter()
-                .filter(|line| line.pass == *pass && line.threads == n)
-                .filter(|line| line.layout == layout || line.layout == "-");
-            let points = of_pass.map(|line| (line.bytes as f64, line.ns_per_element));
-            let label = match *pass {
-                "copy" => "copy, cached stores",
-                "stream" => "copy, streaming stores",
-                pass => pass,
-            };
-            let style = color.stroke_width(if *pass == "copy" { 1 } else { 2 });
+    svg((1300, 900), |sheet| {
+        for (i, panel) in sheet.split_evenly((2, 2)).iter().enumerate() {
+            let (n, layout) = ([1, most][i % 2], ["NCHW", "NHWC"][i / 2]);
+            let mut chart = ChartBuilder::on(panel)
+                .margin(14)
+                .caption(format!("{layout}, {}", threads(n)), LARGE)
+                .x_label_area_size(40)
+                .y_label_area_size(60)
+                .build_cartesian_2d((1e3..1.2e9).log_scale(), (low * 0.9..high * 3.0).log_scale())?;
+            look(&mut chart.configure_mesh(), GRID)
+                .x_desc("bytes of the tensor, f32")
+                .y_desc("ns per element")
+                .x_label_formatter(&|x| size(*x))
+                .draw()?;
+            for (pass, color) in ["forward", "backward", "inference", "copy", "stream"].iter().zip(COLORS) {
+                let of_pass = lines
+                    .iter()
+                    .filter(|line| line.pass == *pass && line.threads == n)
+                    .filter(|line| line.layout == layout || line.layout == "-");
+                let points = of_pass.map(|line| (line.bytes as f64, line.ns_per_element));
+                let label = match *pass {
+                    "copy" => "copy, cached stores",
+                    "stream" => "copy, streaming stores",
+                    pass => pass,
+                };
+                let style = color.stroke_width(if *pass == "copy" { 1 } else { 2 });
+                chart
+                    .draw_series(LineSeries::new(points, style))?
+                    .label(label)
+                    .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
+            }
             chart
-                .draw_series(LineSeries::new(points, style))?
-                .label(label)
-                .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
+                .configure_series_labels()
+                .position(SeriesLabelPosition::UpperMiddle)
+                .background_style(WHITE.mix(0.8))
+                .label_font(SMALL)
+                .draw()?;
         }
-        chart
-            .configure_series_labels()
-            .position(SeriesLabelPosition::UpperMiddle)
-            .background_style(WHITE.mix(0.8))
-            .label_font(SMALL)
-            .draw()?;
-    }
-    root.present()?;
-    drop(root);
-    Ok(svg)
+        Ok(())
+    })
 }
 
 fn size(bytes: f64) -> String {
@@ -279,19 +259,16 @@ fn peers(json: &str) -> Result<String> {
     let mut passes: Vec<&str> = lines.iter().map(|line| line.pass.as_str()).collect();
     passes.sort();
     passes.dedup();
-    let mut svg = String::new();
-    let root = SVGBackend::with_string(&mut svg, (520 * passes.len().max(1) as u32, 460)).into_drawing_area();
-    root.fill(&WHITE)?;
-    for (panel, pass) in root.split_evenly((1, passes.len().max(1))).iter().zip(&passes) {
-        let mut dots = Dots::default();
-        for line in lines.iter().filter(|l| l.pass == *pass && l.dtype == "f32" && l.threads == most) {
-            let large = line.shape.n * line.shape.c * line.shape.spatial.iter().product::<usize>() * 4 >= 16 << 20;
-            let size = if large { "16 MiB and more" } else { "less than 16 MiB" };
-            dots.add(format!("{} {}", line.peer, line.layout), size, line.ratio);
+    svg((520 * passes.len().max(1) as u32, 460), |sheet| {
+        for (panel, pass) in sheet.split_evenly((1, passes.len().max(1))).iter().zip(&passes) {
+            let mut dots = Dots::default();
+            for line in lines.iter().filter(|l| l.pass == *pass && l.dtype == "f32" && l.threads == most) {
+                let large = line.shape.n * line.shape.c * line.shape.spatial.iter().product::<usize>() * 4 >= 16 << 20;
+                let size = if large { "16 MiB and more" } else { "less than 16 MiB" };
+                dots.add(format!("{} {}", line.peer, line.layout), size, line.ratio);
+            }
+            dots.draw(panel, pass, &format!("times as fast as the peer, {}", threads(most)))?;
         }
-        dots.draw(panel, pass, &format!("times as fast as the peer, {}", threads(most)))?;
-    }
-    root.present()?;
-    drop(root);
-    Ok(svg)
+        Ok(())
+    })
 }

@@ -1,31 +1,25 @@
 //! The picture: accuracy against steps, and the percentiles of a sigmoid's input, side by side.
 
 use crate::experiment::{PERCENTILES, Point};
+use crate::plot::{COLORS, Panel, look, svg};
 use crate::{Pair, Result};
-use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use std::ops::Range;
 
-type Panel<'a> = DrawingArea<SVGBackend<'a>, Shift>;
-
-const WITHOUT: RGBColor = RGBColor(0xc4, 0x4e, 0x1c);
-const WITH: RGBColor = RGBColor(0x1f, 0x5f, 0xa8);
+const WITHOUT: RGBColor = COLORS[1];
+const WITH: RGBColor = COLORS[0];
 
 /// Draws one pair of runs, laid out like Figure 1 of the paper, as SVG.
 pub fn draw(pair: &Pair) -> Result<String> {
     let [without, with] = pair;
     let range = input_range(pair);
-    let mut svg = String::new();
-    let root = SVGBackend::with_string(&mut svg, (1200, 400)).into_drawing_area();
-    root.fill(&WHITE)?;
-    let panels = root.split_evenly((1, 3));
-    accuracies(&panels[0], pair)?;
-    inputs(&panels[1], "(b) without BN", WITHOUT, without, &range)?;
-    inputs(&panels[2], "(c) with BN", WITH, with, &range)?;
-    root.present()?;
-    drop((panels, root));
-    Ok(svg)
+    svg((1200, 400), |sheet| {
+        let panels = sheet.split_evenly((1, 3));
+        accuracies(&panels[0], pair)?;
+        inputs(&panels[1], "(b) without BN", WITHOUT, without, &range)?;
+        inputs(&panels[2], "(c) with BN", WITH, with, &range)
+    })
 }
 
 fn accuracies(panel: &Panel, [without, with]: &Pair) -> Result<()> {
@@ -83,17 +77,12 @@ fn chart(panel: &Panel, [title, vertical]: [&str; 2], range: Range<f64>, lines: 
         .x_label_area_size(44)
         .y_label_area_size(56)
         .build_cartesian_2d(0..steps, range)?;
-    chart
-        .configure_mesh()
+    look(&mut chart.configure_mesh(), [16, 17])
         .x_desc("training steps")
         .y_desc(vertical)
         .x_labels(6)
         .y_labels(6)
         .y_label_formatter(&|y| format!("{y:.decimals$}"))
-        .light_line_style(TRANSPARENT)
-        .bold_line_style(BLACK.mix(0.12))
-        .label_style(("sans-serif", 16))
-        .axis_desc_style(("sans-serif", 17))
         .draw()?;
     for line in lines {
         let style = line.style;

@@ -7,6 +7,8 @@ mod figure;
 mod gemm;
 mod layers;
 mod network;
+#[path = "../plot/mod.rs"]
+mod plot;
 
 use clap::Parser;
 use data::Data;
