@@ -116,7 +116,7 @@ impl<E: Element, D: Dimension> Arrays<E, D> {
         &self.plan
     }
 
-    /// [`BatchNorm::forward_train`]. A residual is a slice that lies like `y` from its first element on.
+    /// [`BatchNorm::forward_train`]. A residual is a slice that lies like `y`, from its first element to its last.
     ///
     /// # Errors
     /// [`Error::Sizes`] and [`Error::Strides`] for `x` or `y`; as [`BatchNorm::forward_train`].
@@ -146,7 +146,7 @@ impl<E: Element, D: Dimension> Arrays<E, D> {
         self.plan.infer(io, affine, population)
     }
 
-    /// [`BatchNorm::backward`]. A residual and an output are slices that lie like `y` from its first element on.
+    /// [`BatchNorm::backward`]. A residual and an output are slices that lie like `y`, from its first element to its last.
     ///
     /// # Errors
     /// [`Error::Sizes`] and [`Error::Strides`] for any array; as [`BatchNorm::backward`].

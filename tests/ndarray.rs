@@ -8,8 +8,8 @@ use std::fmt::Debug;
 use batchnorm::{Activation, Affine, ArrayGradients, Arrays, BatchNorm, Error, Gradients, Layout, Momentum};
 use batchnorm::{Parallelism, Population, Real, Shape, Tier, Variance};
 use common::{Bits, Data, assert_bits};
-use ndarray::prelude::*;
 use ndarray::Slice;
+use ndarray::prelude::*;
 use proptest::prelude::*;
 
 /// A part of an axis: elements before it, between its elements, and after it.
@@ -74,9 +74,14 @@ impl Lie {
         whole
     }
 
-    /// Elements before the first one.
-    fn first<E>(&self, whole: &ArrayD<E>) -> usize {
-        whole.strides().iter().zip(&self.cuts).map(|(&stride, cut)| stride as usize * cut.0).sum()
+    /// What lies from the first element to the last.
+    fn slice_of<'a, E>(&self, whole: &'a ArrayD<E>) -> &'a [E] {
+        let (mut first, mut last) = (0, 0);
+        for ((&stride, &(before, step, _)), &axis) in whole.strides().iter().zip(&self.cuts).zip(&self.memory) {
+            first += stride as usize * before;
+            last += stride as usize * (before + (self.sizes[axis] - 1) * step);
+        }
+        &whole.as_slice().unwrap()[first..=last]
     }
 
     /// The layout of the memory, its axes in the order of the layout's letters, and their shape.
@@ -113,7 +118,7 @@ where
     let whole = |lie: &Lie, values: &[E]| lie.put(&axes, values);
     let (x_whole, dy_whole, residual_whole) = (whole(x_lie, &x), whole(y_lie, &dy), whole(y_lie, &residual));
     let (x_there, dy_there) = (x_lie.view(&x_whole), y_lie.view(&dy_whole));
-    let residual_there = &residual_whole.as_slice().unwrap()[y_lie.first(&residual_whole)..];
+    let residual_there = y_lie.slice_of(&residual_whole);
     let assert = |what: &str, lie: &Lie, got: &ArrayD<E>, dense: &[E]| {
         assert_bits(what, got.as_slice().unwrap(), whole(lie, dense).as_slice().unwrap());
     };
@@ -121,7 +126,8 @@ where
     let dense = BatchNorm::<E>::new(shape).unwrap().with_eps(1e-3).unwrap();
     let arrays = Arrays::new(&x_there, &dy_there, Axis(channels)).unwrap();
     let arrays = arrays.with_options(|plan| plan.with_eps(1e-3)).unwrap();
-    assert_eq!(arrays.plan().shape().layout(), shape.layout());
+    // One channel lies in either layout.
+    assert!(c == 1 || arrays.plan().shape().layout() == shape.layout());
     assert_eq!((arrays.plan().shape().count(), arrays.plan().shape().channels()), (shape.count(), c));
 
     let plain = Affine::new(&gamma, &beta);
@@ -267,7 +273,7 @@ fn options_stay_with_the_arrays() {
     assert_eq!((bn.plan().tier(), bn.plan().eps()), (Tier::Portable, 0.5));
     let bn = bn.with_options(|plan| Ok(plan.with_parallelism(Parallelism::Sequential))).unwrap();
     assert_eq!(bn.plan().eps(), 0.5);
-    assert!(bn.plan().running(Momentum::CumulativeAverage, Variance::Biased).is_ok());
+    assert!(bn.plan().running(Momentum::Cumulative, Variance::Biased).is_ok());
     assert!(matches!(of().with_options(|plan| plan.with_eps(-1.0)), Err(Error::Eps { .. })));
     let other = Shape::nchw(2, 3, 5, 5).unwrap();
     assert!(matches!(of().with_options(|plan| plan.with_shape(other)), Err(Error::View { .. })));
