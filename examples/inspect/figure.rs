@@ -34,7 +34,7 @@ pub fn draw(title: &str, found: &Found) -> Result<String> {
         let (legend, panels) = sheet.split_vertically(26);
         name(&legend, &faults)?;
         let panels = panels.split_evenly((3, 1));
-        bars(&panels[0], found, "mean and a standard deviation to either side", means)?;
+        bars(&panels[0], found, "mean, with std to either side", means)?;
         let stds = (middle / (50.0 * EXPLODING), middle * 50.0 * EXPLODING);
         let marks = |y: &f64| format!("{y:.0e}");
         let std = |channel: &Channel| channel.std();
@@ -46,7 +46,7 @@ pub fn draw(title: &str, found: &Found) -> Result<String> {
 
 /// The value if it can be the middle of an axis.
 fn positive(value: f64, otherwise: f64) -> f64 {
-    if value.is_normal() { value } else { otherwise }
+    if (1e-290..1e290).contains(&value) { value } else { otherwise }
 }
 
 /// What the colours mean, in a line of its own.
@@ -82,7 +82,9 @@ macro_rules! axes {
 }
 
 fn bars(panel: &Panel, found: &Found, name: &str, values: Range<f64>) -> Result<()> {
-    let mut chart = axes!(panel, found, name, values.clone(), &|y: &f64| format!("{y:.3}"));
+    let plain = (0.1..1e4).contains(&(values.end - values.start));
+    let marks = |y: &f64| if plain { format!("{y:.2}") } else { format!("{y:.1e}") };
+    let mut chart = axes!(panel, found, name, values.clone(), &marks);
     let inside = |y: f64| y.clamp(values.start, values.end);
     for (i, (channel, fault)) in found.channels.iter().enumerate() {
         let (mean, std, color) = (channel.moments.mean, channel.std(), color(*fault));

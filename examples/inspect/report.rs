@@ -35,8 +35,8 @@ pub fn channels(out: &mut impl Write, tensor: &Tensor, found: &Found, rows: usiz
     )?;
     writeln!(
         out,
-        "exploding: a root mean square (of mean and std) over {EXPLODING} times that of the median channel; dead: constant, \
-         or a std below {DEAD} of that of the median channel."
+        "Exploding: a root mean square over {EXPLODING} times that of the median channel.\n\
+         Dead: constant, or a std below {DEAD} times that of the median channel."
     )?;
     Ok(())
 }

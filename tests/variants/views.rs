@@ -190,10 +190,8 @@ where
     let ((x, x_at), (y, y_at)) = (view(3, 1), view(0, 1));
     assert_eq!(y, View::dense(shape));
     check(&dense, &dense.clone().with_views(x.clone(), y).unwrap(), &x_at, &y_at);
-    for (gap, step) in [(11, 1), (0, 2), (5, 3)] {
-        let (y, y_at) = view(gap, step);
-        check(&dense, &dense.clone().with_views(x.clone(), y).unwrap(), &x_at, &y_at);
-    }
+    let (y, y_at) = view(11, 2);
+    check(&dense, &dense.clone().with_views(x.clone(), y).unwrap(), &x_at, &y_at);
     check_in_place(&dense, &dense.clone().with_views(x.clone(), x).unwrap(), &x_at);
 }
 
