@@ -110,6 +110,18 @@ pub use shape::{Layout, Shape};
 pub use simd::Tier;
 pub use view::View;
 
+/// The pages whose Rust blocks are compiled and run.
 #[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-struct Readme;
+mod pages {
+    macro_rules! pages {
+        ($($name:ident $path:literal,)*) => {$(
+            #[doc = include_str!(concat!("../", $path))]
+            struct $name;
+        )*};
+    }
+
+    pages! {
+        Readme "README.md",
+        Guide "docs/guide.md",
+    }
+}
