@@ -107,6 +107,7 @@ impl Real for f64 {
 #[cfg(feature = "half")]
 macro_rules! half_element {
     ($($t:ty),*) => {$(
+        #[cfg_attr(docsrs, doc(cfg(feature = "half")))]
         impl Element for $t {
             type Param = f32;
             const DIGITS: u32 = <$t>::MANTISSA_DIGITS;

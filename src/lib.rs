@@ -61,6 +61,7 @@
 //! - `ndarray`: passes over arrays of the crate ndarray where they lie, `Arrays`.
 
 #![deny(missing_docs)]
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod activation;
 mod affine;
