@@ -125,4 +125,10 @@ mod pages {
         Readme "README.md",
         Guide "docs/guide.md",
     }
+
+    // With 16-bit types.
+    #[cfg(feature = "half")]
+    pages! {
+        Choosing "docs/choosing.md",
+    }
 }
