@@ -124,6 +124,11 @@ mod pages {
     pages! {
         Readme "README.md",
         Guide "docs/guide.md",
+        FromPyTorch "docs/migrate/pytorch.md",
+        FromKeras "docs/migrate/keras.md",
+        FromOnnx "docs/migrate/onnx.md",
+        FromCandle "docs/migrate/candle.md",
+        FromBurn "docs/migrate/burn.md",
     }
 
     // With 16-bit types.
