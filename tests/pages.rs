@@ -45,7 +45,8 @@ fn between<'a>(text: &'a str, open: &'a str, close: char) -> impl Iterator<Item 
 
 /// The names by which headings are linked to.
 fn anchors(page: &str) -> HashSet<String> {
-    let headings = prose(page).filter_map(|line| line.strip_prefix('#')).map(|line| line.trim_start_matches('#').trim());
+    let headings =
+        prose(page).filter_map(|line| line.strip_prefix('#')).map(|line| line.trim_start_matches('#').trim());
     let anchor = |heading: &str| {
         let kept = heading.to_lowercase().replace(' ', "-");
         kept.chars().filter(|c| c.is_alphanumeric() || "-_".contains(*c)).collect()
