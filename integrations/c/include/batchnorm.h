@@ -449,8 +449,8 @@ void bn_plan_free(struct bn_plan *plan);
 bn_status bn_plan_set_eps(struct bn_plan *plan, double eps);
 
 /*
- Sets the threads that a pass is shared among: 0 to choose by the size of the tensor, 1 for the calling thread alone, more for so
- many threads of the pool. It changes the speed and no bit of the results.
+ Sets the threads that a pass is shared among: 0 to choose by the size of the tensor, 1 for the calling thread alone, more
+ for so many threads of the pool. It changes the speed and no bit of the results.
  */
 bn_status bn_plan_set_threads(struct bn_plan *plan,
                               size_t threads);
@@ -498,7 +498,7 @@ size_t bn_plan_channels(const struct bn_plan *plan);
 size_t bn_plan_scratch(const struct bn_plan *plan);
 
 /*
- Allocates scratch for `calls` calls at the same time, so that not even the first ones allocate.
+ Allocates scratch for `calls` calls at the same time, at most 1024, so that not even the first ones allocate.
  */
 bn_status bn_plan_reserve(const struct bn_plan *plan, size_t calls);
 
@@ -603,13 +603,11 @@ bn_status bn_forward_infer(const struct bn_plan *plan,
                            size_t y_len);
 
 /*
- Backward pass. With m values per channel and `xhat = (x - mean) * inv_std`,
+ Backward pass. With m values per channel and `xhat = (x - mean) * inv_std`, `dbeta = sum(dy)`, `dgamma = sum(dy * xhat)` and
+ `dx = gamma * inv_std * (dy - dbeta/m - xhat * dgamma/m)`.
 
-     dbeta = sum(dy)      dgamma = sum(dy * xhat)
-     dx = gamma * inv_std * (dy - dbeta/m - xhat * dgamma/m)
-
- `x`, gamma, beta and `saved` are those of the forward pass; beta counts with an activation, and backward from the output. Each
- gradient is optional: NULL if it is not wanted. `dx` may be `dy`.
+ `x`, gamma, beta and `saved` are those of the forward pass; beta counts with an activation, and backward from the output.
+ Each gradient is optional: NULL if it is not wanted. `dx` may be `dy`.
  */
 bn_status bn_backward(const struct bn_plan *plan,
                       const void *x,

@@ -33,16 +33,8 @@ pub(crate) trait Passes: std::fmt::Debug + Send + Sync {
 
     unsafe fn forward_train(&self, x: Raw, line: Line, y: Raw, saved: &mut Saved) -> Result<()>;
     unsafe fn forward_infer(&self, x: Raw, line: Line, mean: Raw, var: Raw, y: Raw) -> Result<()>;
-    unsafe fn backward(
-        &self,
-        x: Raw,
-        dy: Raw,
-        saved: &Saved,
-        line: Line,
-        dx: Raw,
-        dgamma: Raw,
-        dbeta: Raw,
-    ) -> Result<()>;
+    /// Those of x, gamma and beta.
+    unsafe fn backward(&self, x: Raw, dy: Raw, saved: &Saved, line: Line, gradients: [Raw; 3]) -> Result<()>;
 
     unsafe fn moments(&self, x: Raw, moments: Raw) -> Result<()>;
     unsafe fn finish(&self, moments: Raw, saved: &mut Saved) -> Result<()>;
@@ -137,7 +129,7 @@ impl<E: Element> Passes for BatchNorm<E> {
         let (mean, var) = (mean.required(channels)?, var.required(channels)?);
         // SAFETY: the caller's promise.
         let population = unsafe { Population { mean: read(mean), var: read(var) } };
-        Ok(self.freeze(population, saved.of_mut()?)?)
+        self.freeze(population, saved.of_mut()?).map_err(Failure::from)
     }
 
     unsafe fn forward_train(&self, x: Raw, line: Line, y: Raw, saved: &mut Saved) -> Result<()> {
@@ -148,10 +140,11 @@ impl<E: Element> Passes for BatchNorm<E> {
         unsafe {
             let io = io(x, y, &[], &spans(&parameters))?;
             let affine = line.affine(parameters);
-            Ok(match io {
-                Io::Apart(x, y) => self.forward_train(x, affine, y, saved)?,
-                Io::Over(x) => self.forward_train_in_place(x, affine, saved)?,
-            })
+            let done = match io {
+                Io::Apart(x, y) => self.forward_train(x, affine, y, saved),
+                Io::Over(x) => self.forward_train_in_place(x, affine, saved),
+            };
+            done.map_err(Failure::from)
         }
     }
 
@@ -166,24 +159,17 @@ impl<E: Element> Passes for BatchNorm<E> {
             let io = io(x, y, &[], &[gamma, beta, mean.span(), var.span()])?;
             let affine = line.affine(parameters);
             let population = Population { mean: read(mean), var: read(var) };
-            Ok(match io {
-                Io::Apart(x, y) => self.forward_infer(x, affine, population, y)?,
-                Io::Over(x) => self.forward_infer_in_place(x, affine, population)?,
-            })
+            let done = match io {
+                Io::Apart(x, y) => self.forward_infer(x, affine, population, y),
+                Io::Over(x) => self.forward_infer_in_place(x, affine, population),
+            };
+            done.map_err(Failure::from)
         }
     }
 
-    unsafe fn backward(
-        &self,
-        x: Raw,
-        dy: Raw,
-        saved: &Saved,
-        line: Line,
-        dx: Raw,
-        dgamma: Raw,
-        dbeta: Raw,
-    ) -> Result<()> {
+    unsafe fn backward(&self, x: Raw, dy: Raw, saved: &Saved, line: Line, gradients: [Raw; 3]) -> Result<()> {
         let (len, channels) = (self.shape().len(), self.shape().channels());
+        let [dx, dgamma, dbeta] = gradients;
         let (x, dy, dx) = (x.required::<E>(len)?, dy.required::<E>(len)?, dx.optional(len)?);
         let parameters = line.regions(channels)?;
         let wanted = [dgamma.optional(channels)?, dbeta.optional(channels)?];
@@ -203,13 +189,14 @@ impl<E: Element> Passes for BatchNorm<E> {
             let affine = line.affine(parameters);
             let [dgamma, dbeta] = wanted;
             let gradients = Gradients { dgamma: dgamma.write(), dbeta: dbeta.write(), ..Default::default() };
-            Ok(match to {
-                None => self.backward(read(x), read(dy), saved, affine, gradients)?,
+            let done = match to {
+                None => self.backward(read(x), read(dy), saved, affine, gradients),
                 Some(Io::Apart(dy, dx)) => {
-                    self.backward(read(x), dy, saved, affine, Gradients { dx: Some(dx), ..gradients })?
+                    self.backward(read(x), dy, saved, affine, Gradients { dx: Some(dx), ..gradients })
                 }
-                Some(Io::Over(dy)) => self.backward_in_place(read(x), dy, saved, affine, gradients)?,
-            })
+                Some(Io::Over(dy)) => self.backward_in_place(read(x), dy, saved, affine, gradients),
+            };
+            done.map_err(Failure::from)
         }
     }
 
@@ -229,7 +216,7 @@ impl<E: Element> Passes for BatchNorm<E> {
         // SAFETY: the caller's promise.
         let moments = unsafe { read(moments.required::<Moments>(self.shape().channels())?) };
         let moments: Vec<_> = moments.iter().map(|&moments| moments.into()).collect();
-        Ok(self.finish(&moments, saved.of_mut()?)?)
+        self.finish(&moments, saved.of_mut()?).map_err(Failure::from)
     }
 
     unsafe fn normalize(&self, x: Raw, line: Line, saved: &Saved, y: Raw) -> Result<()> {
@@ -240,10 +227,11 @@ impl<E: Element> Passes for BatchNorm<E> {
         unsafe {
             let io = io(x, y, &[], &spans(&parameters))?;
             let affine = line.affine(parameters);
-            Ok(match io {
-                Io::Apart(x, y) => self.normalize(x, affine, saved, y)?,
-                Io::Over(x) => self.normalize_in_place(x, affine, saved)?,
-            })
+            let done = match io {
+                Io::Apart(x, y) => self.normalize(x, affine, saved, y),
+                Io::Over(x) => self.normalize_in_place(x, affine, saved),
+            };
+            done.map_err(Failure::from)
         }
     }
 
@@ -272,10 +260,11 @@ impl<E: Element> Passes for BatchNorm<E> {
             let io = io(dy, dx, &[], &[gamma, beta, x.span(), sums.span()])?;
             let affine = line.affine(parameters);
             let sums: Vec<_> = read(sums).iter().map(|&sums| sums.into()).collect();
-            Ok(match io {
-                Io::Apart(dy, dx) => self.input_gradient(read(x), dy, saved, affine, &sums, dx)?,
-                Io::Over(dy) => self.input_gradient_in_place(read(x), dy, saved, affine, &sums)?,
-            })
+            let done = match io {
+                Io::Apart(dy, dx) => self.input_gradient(read(x), dy, saved, affine, &sums, dx),
+                Io::Over(dy) => self.input_gradient_in_place(read(x), dy, saved, affine, &sums),
+            };
+            done.map_err(Failure::from)
         }
     }
 
@@ -288,7 +277,7 @@ impl<E: Element> Passes for BatchNorm<E> {
         // SAFETY: the caller's promise, for arguments that are apart.
         unsafe {
             let sums: Vec<_> = read(sums).iter().map(|&sums| sums.into()).collect();
-            Ok(self.parameter_gradients(saved.of()?, &sums, dgamma.write(), dbeta.write())?)
+            self.parameter_gradients(saved.of()?, &sums, dgamma.write(), dbeta.write()).map_err(Failure::from)
         }
     }
 }

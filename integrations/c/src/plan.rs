@@ -116,8 +116,8 @@ pub unsafe extern "C" fn bn_plan_set_eps(plan: *mut Plan, eps: f64) -> Status {
     unsafe { change(plan, || Ok(Change::Eps(eps))) }
 }
 
-/// Sets the threads that a pass is shared among: 0 to choose by the size of the tensor, 1 for the calling thread alone, more for so
-/// many threads of the pool. It changes the speed and no bit of the results.
+/// Sets the threads that a pass is shared among: 0 to choose by the size of the tensor, 1 for the calling thread alone, more
+/// for so many threads of the pool. It changes the speed and no bit of the results.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn bn_plan_set_threads(plan: *mut Plan, threads: usize) -> Status {
     let parallelism = match threads {

@@ -59,13 +59,11 @@ pub unsafe extern "C" fn bn_forward_infer(
     })
 }
 
-/// Backward pass. With m values per channel and `xhat = (x - mean) * inv_std`,
+/// Backward pass. With m values per channel and `xhat = (x - mean) * inv_std`, `dbeta = sum(dy)`, `dgamma = sum(dy * xhat)` and
+/// `dx = gamma * inv_std * (dy - dbeta/m - xhat * dgamma/m)`.
 ///
-///     dbeta = sum(dy)      dgamma = sum(dy * xhat)
-///     dx = gamma * inv_std * (dy - dbeta/m - xhat * dgamma/m)
-///
-/// `x`, gamma, beta and `saved` are those of the forward pass; beta counts with an activation, and backward from the output. Each
-/// gradient is optional: NULL if it is not wanted. `dx` may be `dy`.
+/// `x`, gamma, beta and `saved` are those of the forward pass; beta counts with an activation, and backward from the output.
+/// Each gradient is optional: NULL if it is not wanted. `dx` may be `dy`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn bn_backward(
     plan: *const Plan,
@@ -91,6 +89,6 @@ pub unsafe extern "C" fn bn_backward(
         let line = Line::new(plan, (gamma, gamma_len), (beta, beta_len));
         let (x, dy, dx) = (Raw::new("x", x, x_len), Raw::new("dy", dy, dy_len), Raw::new("dx", dx, dx_len));
         let (dgamma, dbeta) = (Raw::new("dgamma", dgamma, dgamma_len), Raw::new("dbeta", dbeta, dbeta_len));
-        plan.passes.backward(x, dy, handle("saved", saved)?, line, dx, dgamma, dbeta)
+        plan.passes.backward(x, dy, handle("saved", saved)?, line, [dx, dgamma, dbeta])
     })
 }

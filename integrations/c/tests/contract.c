@@ -205,7 +205,8 @@ static void mistakes(void) {
     REFUSED(BN_STATUS_NULL, "`x` is null", TRAIN(plan, NULL, LEN, NULL, 0, y, LEN, saved));
     REFUSED(BN_STATUS_NULL, "`y` is null", TRAIN(plan, x, LEN, NULL, 0, NULL, LEN, saved));
     REFUSED(BN_STATUS_NULL, "`gamma` is null", TRAIN(plan, x, LEN, NULL, C, y, LEN, saved));
-    REFUSED(BN_STATUS_LENGTH, "`x` must hold 105 elements for this shape, got 106", TRAIN(plan, x, LEN + 1, NULL, 0, y, LEN, saved));
+    REFUSED(BN_STATUS_LENGTH, "`x` must hold 105 elements for this shape, got 106",
+            TRAIN(plan, x, LEN + 1, NULL, 0, y, LEN, saved));
     REFUSED(BN_STATUS_LENGTH, "`y` must hold 105", TRAIN(plan, x, LEN, NULL, 0, y, SIZE_MAX, saved));
     REFUSED(BN_STATUS_LENGTH, "`gamma` must hold 3 elements for this shape, got 2", TRAIN(plan, x, LEN, mean, 2, y, LEN, saved));
     REFUSED(BN_STATUS_LENGTH, "`gamma` must hold 3 elements for this shape, got 0", TRAIN(plan, x, LEN, mean, 0, y, LEN, saved));

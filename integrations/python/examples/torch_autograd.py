@@ -1,7 +1,7 @@
 """Batch Normalization for PyTorch models on the CPU, as a torch.autograd.Function over this package.
 
-Tensors and numpy arrays share memory, so nothing is copied. As a program it compares a layer with PyTorch's own: outputs, gradients
-and running statistics, in float32 and float64, contiguous and channels last; and runs torch.autograd.gradcheck.
+Tensors and numpy arrays share memory, so nothing is copied. As a program it compares a layer with PyTorch's own: outputs,
+gradients and running statistics, in float32 and float64, contiguous and channels last; and runs torch.autograd.gradcheck.
 
     python examples/torch_autograd.py
 """
@@ -15,7 +15,7 @@ import torch
 
 
 def lies_as(tensor: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
-    """The tensor if it is dense, contiguous or channels last, and in the order of `like` if that is given; else a copy that is."""
+    """The tensor if it is dense, contiguous or channels last, and lies as `like` if that is given; else a copy that does."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     like = tensor if like is None else like
     if like.is_contiguous() or like.dim() not in formats:
@@ -44,13 +44,14 @@ class BatchNormFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, gamma = ctx.saved_tensors
-        want = [name for name, wanted in zip(batchnorm.Gradients._fields, ctx.needs_input_grad) if wanted]
+        names = zip(batchnorm.Gradients._fields, ctx.needs_input_grad[:3], strict=True)
+        want = [name for name, wanted in names if wanted]
         gradients = batchnorm.backward(x.numpy(), lies_as(dy, x).numpy(), ctx.saved, array(gamma), want=want)
         return *(None if gradient is None else torch.from_numpy(gradient) for gradient in gradients), None, None
 
 
 class BatchNorm2d(torch.nn.BatchNorm2d):
-    """torch.nn.BatchNorm2d with its state and its arguments, computed by this package. PyTorch's 1d and 3d layers go the same way."""
+    """torch.nn.BatchNorm2d with its state and its arguments, computed by this package. 1d and 3d layers go the same way."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self._check_input_dim(x)
@@ -64,7 +65,9 @@ class BatchNorm2d(torch.nn.BatchNorm2d):
     def _update(self, saved: batchnorm.Saved) -> None:
         if not self.track_running_stats or not self.training:
             return
-        momentum = dict(batches=int(self.num_batches_tracked)) if self.momentum is None else dict(weight_of_new=self.momentum)
+        momentum = (
+            dict(batches=int(self.num_batches_tracked)) if self.momentum is None else dict(weight_of_new=self.momentum)
+        )
         batchnorm.update_running(array(self.running_mean), array(self.running_var), saved, unbiased=True, **momentum)
         self.num_batches_tracked += 1
 
@@ -114,10 +117,14 @@ def main() -> None:
         for memory_format in (torch.contiguous_format, torch.channels_last):
             for momentum in (0.1, None):
                 differences = compare(dtype, memory_format, momentum)
-                print(f"{dtype}, {memory_format}, momentum {momentum}:", *(f"{k} {v:.1e}" for k, v in differences.items()))
+                print(
+                    f"{dtype}, {memory_format}, momentum {momentum}:", *(f"{k} {v:.1e}" for k, v in differences.items())
+                )
                 assert max(differences.values()) <= bound, f"expected at most {bound}"
     arguments = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((4, 3, 2, 2), (3,), (3,))]
-    assert torch.autograd.gradcheck(lambda x, g, b: BatchNormFunction.apply(x, g, b, 1e-3, lambda saved: None), arguments)
+    assert torch.autograd.gradcheck(
+        lambda x, g, b: BatchNormFunction.apply(x, g, b, 1e-3, lambda saved: None), arguments
+    )
     # A gradient that does not lie dense, as the sum's does not.
     BatchNorm2d(3, dtype=torch.float64)(arguments[0]).sum().backward()
     print("gradcheck: passed")

@@ -1,6 +1,6 @@
 """Times the layer of torch_autograd.py against PyTorch's own, in turns, in float32: medians in microseconds and their ratio.
 
-    python examples/torch_times.py --threads 2 --turns 30
+python examples/torch_times.py --threads 2 --turns 30
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ import time
 import torch
 from torch_autograd import BatchNorm2d, step
 
-SHAPES = [(32, 64, 112, 112), (32, 64, 56, 56), (32, 256, 56, 56), (32, 128, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7)]
+SHAPES = [
+    (32, 64, 112, 112),
+    (32, 64, 56, 56),
+    (32, 256, 56, 56),
+    (32, 128, 28, 28),
+    (32, 1024, 14, 14),
+    (32, 2048, 7, 7),
+]
 
 
 def main() -> None:
@@ -28,18 +35,17 @@ def main() -> None:
         for name, memory_format in (("contiguous", torch.contiguous_format), ("channels last", torch.channels_last)):
             x, dy = (torch.randn(shape).to(memory_format=memory_format) for _ in range(2))
             layers = dict(torch=torch.nn.BatchNorm2d(shape[1]), here=BatchNorm2d(shape[1]))
-
-            def forward(layer: torch.nn.Module) -> None:
-                with torch.no_grad():
-                    layer(x)
-
-            for what, run in (("forward", forward), ("forward and backward", lambda layer: step(layer, x, dy))):
+            for what in ("forward", "forward and backward"):
                 taken: dict[str, list[float]] = {key: [] for key in layers}
                 for turn in range(arguments.turns + 2):
                     for key, layer in layers.items():
                         layer.zero_grad()
                         start = time.perf_counter()
-                        run(layer)
+                        if what == "forward":
+                            with torch.no_grad():
+                                layer(x)
+                        else:
+                            step(layer, x, dy)
                         # The first turns warm up.
                         if turn > 1:
                             taken[key].append(time.perf_counter() - start)

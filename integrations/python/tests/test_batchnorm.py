@@ -192,25 +192,49 @@ def test_what_is_refused():
     read_only = out[:]
     read_only.flags.writeable = False
     refused = [
-        (TypeError, "`x` must be one of float32, float64, bfloat16, float16, got int64", lambda: batchnorm.forward_train([[1, 2]])),
+        (
+            TypeError,
+            "`x` must be one of float32, float64, bfloat16, float16, got int64",
+            lambda: batchnorm.forward_train([[1, 2]]),
+        ),
         (TypeError, "got >f4", lambda: batchnorm.forward_train(x.astype(">f4"))),
         (ValueError, "2 to 5 dimensions, got 1", lambda: batchnorm.forward_train(x.ravel())),
         (ValueError, "expected a layout of NC", lambda: batchnorm.forward_train(x, layout="CHWN")),
-        (ValueError, "the layout NHC|NLC has 3", lambda: batchnorm.forward_train(x, layout="NLC")),
-        (ValueError, "`gamma` must hold 3 elements for this shape, got 2", lambda: batchnorm.forward_train(x, GAMMA[:2])),
+        (ValueError, "the layout NLC has 3 dimensions, the array 4", lambda: batchnorm.forward_train(x, layout="NLC")),
+        (
+            ValueError,
+            "`gamma` must hold 3 elements for this shape, got 2",
+            lambda: batchnorm.forward_train(x, GAMMA[:2]),
+        ),
         (ValueError, "`beta` must have one dimension, got 2", lambda: batchnorm.forward_train(x, None, BETA[None])),
         (TypeError, "Cannot cast", lambda: batchnorm.forward_train(x, GAMMA.astype(complex))),
         (ValueError, "eps must be finite and at least 0, got -1", lambda: batchnorm.forward_train(x, eps=-1)),
-        (ValueError, "eps must be finite and at least 0, got NaN", lambda: batchnorm.forward_train(x, eps=float("nan"))),
+        (
+            ValueError,
+            "eps must be finite and at least 0, got NaN",
+            lambda: batchnorm.forward_train(x, eps=float("nan")),
+        ),
         (ValueError, "expected an activation", lambda: batchnorm.forward_train(x, activation="gelu")),
         (ValueError, "slope", lambda: batchnorm.forward_train(x, activation="leaky_relu", slope=-1)),
         (ValueError, "0 or more threads, got -2", lambda: batchnorm.forward_train(x, threads=-2)),
         (TypeError, "`out` must be a numpy array, got list", lambda: batchnorm.forward_train(x, out=[])),
-        (TypeError, "`out` must be float32 as x is, got float64", lambda: batchnorm.forward_train(x, out=out.astype(float))),
+        (
+            TypeError,
+            "`out` must be float32 as x is, got float64",
+            lambda: batchnorm.forward_train(x, out=out.astype(float)),
+        ),
         (ValueError, "`out` must have the shape", lambda: batchnorm.forward_train(x, out=out[:2])),
         (ValueError, "`out` is read-only", lambda: batchnorm.forward_train(x, out=read_only)),
-        (ValueError, "`out` must lie dense", lambda: batchnorm.forward_train(x, out=np.moveaxis(np.moveaxis(out, 1, -1).copy(), -1, 1))),
-        (ValueError, "shares memory with `x`", lambda: batchnorm.forward_train(out.ravel()[:-4].reshape(-1, 2), out=out.ravel()[4:].reshape(-1, 2))),
+        (
+            ValueError,
+            "`out` must lie dense",
+            lambda: batchnorm.forward_train(x, out=np.moveaxis(np.moveaxis(out, 1, -1).copy(), -1, 1)),
+        ),
+        (
+            ValueError,
+            "shares memory with `x`",
+            lambda: batchnorm.forward_train(out.ravel()[:-4].reshape(-1, 2), out=out.ravel()[4:].reshape(-1, 2)),
+        ),
         (ValueError, "at least one value per channel", lambda: batchnorm.forward_train(x[:0])),
         (ValueError, "at least one channel", lambda: batchnorm.forward_train(x[:, :0])),
         (ValueError, "the variance of channel 1", lambda: batchnorm.forward_infer(x, BETA, [1, -1, 1], out=out)),
@@ -218,7 +242,11 @@ def test_what_is_refused():
         (TypeError, "`dy` must be float32", lambda: batchnorm.backward(x, x.astype(float), saved)),
         (TypeError, "`x` must be float32 as in the forward", lambda: batchnorm.backward(x.astype(float), x, saved)),
         (ValueError, "this batch has 96", lambda: batchnorm.backward(x[:4], x[:4], saved, out=out[:4])),
-        (ValueError, "`saved` must hold 2", lambda: batchnorm.backward(x[:, :2].copy(), x[:, :2].copy(), saved)),
+        (
+            ValueError,
+            "the 3 channels of the forward pass, got 2",
+            lambda: batchnorm.backward(x[:, :2].copy(), x[:, :2].copy(), saved),
+        ),
         (ValueError, "`dy` must have the shape", lambda: batchnorm.backward(x, x[:4], saved)),
         (ValueError, "in `want`, got 'dz'", lambda: batchnorm.backward(x, x, saved, want="dz")),
         (TypeError, "`dgamma` is changed in place", lambda: batchnorm.backward(x, x, saved, add_to=(GAMMA, BETA))),
@@ -287,12 +315,17 @@ def test_declarations_are_those_of_the_header():
     """ctypes believes what it is told, so this reads the header."""
     header = Path(__file__).parents[2] / "c" / "include" / "batchnorm.h"
     text = re.sub(r"/\*.*?\*/", "", header.read_text(), flags=re.S)
-    types = {"int32_t": ctypes.c_int32, "uint32_t": ctypes.c_uint32, "uint64_t": ctypes.c_uint64, "size_t": ctypes.c_size_t}
+    types = {
+        "int32_t": ctypes.c_int32,
+        "uint32_t": ctypes.c_uint32,
+        "uint64_t": ctypes.c_uint64,
+        "size_t": ctypes.c_size_t,
+    }
     types |= {"double": ctypes.c_double, "bool": ctypes.c_bool, "bn_status": ctypes.c_int32, "void": None}
     types |= {"const char *": ctypes.c_char_p, "const size_t *": ctypes.POINTER(ctypes.c_size_t)}
 
     def of(declared):
-        declared = re.sub(r"\s*\w+$", "", declared.strip()) if not declared.strip() in types else declared.strip()
+        declared = re.sub(r"\s*\w+$", "", declared.strip()) if declared.strip() not in types else declared.strip()
         declared = re.sub(r"\bstruct ", "", declared).strip()
         if declared in types:
             return types[declared]
@@ -305,6 +338,9 @@ def test_declarations_are_those_of_the_header():
     }
     for name, prototype in _native.PROTOTYPES.items():
         assert declared[name] == prototype, name
-    constants = {name: int(value) for name, value in re.findall(r"^\s*(?:#define )?(BN_[A-Z0-9_]+) =? ?(\d+),?$", text, flags=re.M)}
+    constants = {
+        name: int(value)
+        for name, value in re.findall(r"^\s*(?:#define )?(BN_[A-Z0-9_]+) =? ?(\d+),?$", text, flags=re.M)
+    }
     for name, value in _native.CONSTANTS.items():
         assert constants[name] == value, name

@@ -9,13 +9,13 @@
 >>> batchnorm.update_running(mean, var, saved, weight_of_new=0.1, unbiased=True)
 >>> y = batchnorm.forward_infer(x, mean, var, gamma, beta, eps=1e-5)
 
-Arrays are float32, float64, float16 or bfloat16 (of ml_dtypes). Parameters and statistics are float64 for float64, and float32 for
-all others. Anything that numpy.asarray takes without a copy, such as an object with the buffer protocol, does for an input.
+Arrays are float32, float64, float16 or bfloat16 (of ml_dtypes). Parameters and statistics are float64 for float64, and float32
+for all others. What numpy.asarray takes does for an input, such as an object with the buffer protocol.
 
 ``layout`` names the dimensions, by default "NC", "NCL", "NCHW" or "NCDHW" by their number; "NLC", "NHWC" and "NDHWC" are the
-others. Memory may be in the order of the layout, or with the channels moved to its other end: an "NCHW" array that lies channels
-last, as ``np.moveaxis(nhwc, -1, 1)`` does, is used where it lies, and so does the output then. Arrays that lie otherwise are refused;
-``np.ascontiguousarray`` makes a copy that does.
+others. Memory may be in the order of the layout, or with the channels moved to its other end: an "NCHW" array that lies
+channels last, as ``np.moveaxis(nhwc, -1, 1)`` does, is used where it lies, and the output then lies so too. Arrays that lie
+otherwise are refused; ``np.ascontiguousarray`` makes a copy that is not.
 
 The bits of the results depend on the shape, the order of memory and the values, never on threads or the CPU. The GIL is given
 up during a pass. What does not fit raises a ValueError or a TypeError, and then no output was touched.
@@ -25,10 +25,11 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Iterable
 from ctypes import byref, c_size_t, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Iterable, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -104,7 +105,9 @@ if hasattr(os, "register_at_fork"):
 class Saved:
     """The statistics of a batch, and the options of the forward pass that took them: :func:`backward` wants both."""
 
-    def __init__(self, plan: _Plan, dtype: np.dtype[Any], axis: int, order: int, channels: int, options: _Options) -> None:
+    def __init__(
+        self, plan: _Plan, dtype: np.dtype[Any], axis: int, order: int, channels: int, options: _Options
+    ) -> None:
         handle = c_void_p()
         check(lib.bn_saved_new(plan.handle, byref(handle)))
         weakref.finalize(self, lib.bn_saved_free, handle)
@@ -184,7 +187,9 @@ def _in_memory(what: str, array: Array, axis: int, orders: Iterable[int]) -> tup
     for order in orders:
         if (view := np.moveaxis(array, axis, _AXES[order])).flags.c_contiguous:
             return view, order
-    raise ValueError(f"`{what}` must lie dense, as x does if there is an x (numpy.ascontiguousarray makes a copy that does)")
+    raise ValueError(
+        f"`{what}` must lie dense, as x does if there is an x (numpy.ascontiguousarray makes a copy that does)"
+    )
 
 
 def _input(x: ArrayLike, layout: str | None) -> tuple[Array, int, int]:
@@ -241,9 +246,9 @@ def forward_train(
 ) -> tuple[Array, Saved]:
     """``act(gamma * (x - mean) / sqrt(var + eps) + beta)`` with the mean and the biased variance of the batch, and these.
 
-    gamma and beta default to ones and zeros; they are converted to the type of parameters. ``activation`` is "relu" or "leaky_relu",
-    the latter with a ``slope``. ``out`` takes the result; it may be ``x``, which is then computed in place. ``threads`` of 0 leaves
-    their number to the library.
+    gamma and beta default to ones and zeros; they are converted to the type of parameters. ``activation`` is "relu" or
+    "leaky_relu", the latter with a ``slope``. ``out`` takes the result; it may be ``x``, which is then computed in place.
+    ``threads`` of 0 leaves their number to the library.
     """
     x, order, axis = _input(x, layout)
     options = _Options(float(eps), activation, float(slope), threads)
@@ -252,9 +257,7 @@ def forward_train(
     y = _output(out, x, axis, order)
     gamma, beta = _channels("gamma", gamma, x.dtype), _channels("beta", beta, x.dtype)
     check(
-        lib.bn_forward_train(
-            plan.handle, *_pointer(x), *_pointer(gamma), *_pointer(beta), *_pointer(y), saved._handle
-        )
+        lib.bn_forward_train(plan.handle, *_pointer(x), *_pointer(gamma), *_pointer(beta), *_pointer(y), saved._handle)
     )
     return np.moveaxis(y, _AXES[order], axis) if out is None else out, saved
 
@@ -298,9 +301,9 @@ def backward(
 ) -> Gradients:
     """The gradients, of which ``want`` names any.
 
-    ``x``, ``gamma``, ``beta`` and ``saved`` are those of :func:`forward_train`; beta counts behind an activation. ``dy`` must lie in memory
-    as ``x`` does. ``out`` takes dx; it may be ``dy``. ``add_to`` takes two arrays to which dgamma and dbeta are added, so that the
-    micro-batches of one step share them.
+    ``x``, ``gamma``, ``beta`` and ``saved`` are those of :func:`forward_train`; beta counts behind an activation. ``dy`` must
+    lie in memory as ``x`` does. ``out`` takes dx; it may be ``dy``. ``add_to`` takes two arrays to which dgamma and dbeta are
+    added, so that the micro-batches of one step share them.
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"`saved` must be what forward_train gave, got {type(saved).__name__}")
@@ -313,6 +316,8 @@ def backward(
         raise TypeError(f"`x` must be {saved._dtype} as in the forward pass, got {given.dtype}")
     if not 2 <= given.ndim <= 5 or axis >= given.ndim:
         raise ValueError(f"`x` must have the dimensions of the forward pass, got {given.ndim}")
+    if given.shape[axis] != saved._channels:
+        raise ValueError(f"`x` must have the {saved._channels} channels of the forward pass, got {given.shape[axis]}")
     x = _in_memory("x", given, axis, (order,))[0]
     dy = _alike("dy", dy, x, axis, order)
     dx = _output(out, x, axis, order) if "dx" in want else None
@@ -321,7 +326,9 @@ def backward(
             np.empty(saved._channels, _parameters(x.dtype)) if name in want else None for name in ("dgamma", "dbeta")
         )
     else:
-        dgamma, dbeta = (_in_place(what, array, x.dtype) for what, array in zip(("dgamma", "dbeta"), add_to, strict=True))
+        dgamma, dbeta = (
+            _in_place(what, array, x.dtype) for what, array in zip(("dgamma", "dbeta"), add_to, strict=True)
+        )
     plan = _plan(dtype, order, x.shape, saved._options, add_to is not None)
     gamma, beta = _channels("gamma", gamma, x.dtype), _channels("beta", beta, x.dtype)
     arrays = (gamma, beta, dx, dgamma, dbeta)
@@ -334,7 +341,9 @@ def _in_place(what: str, array: Array, dtype: np.dtype[Any]) -> Array:
     """One value per channel that is changed where it lies."""
     if not isinstance(array, np.ndarray) or array.dtype != _parameters(dtype):
         got = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
-        raise TypeError(f"`{what}` is changed in place and must be a numpy array of {_parameters(dtype).__name__}, got {got}")
+        raise TypeError(
+            f"`{what}` is changed in place and must be a numpy array of {_parameters(dtype).__name__}, got {got}"
+        )
     if array.ndim != 1 or not array.flags.c_contiguous or not array.flags.writeable:
         raise ValueError(f"`{what}` is changed in place and must be writeable, dense and of one dimension")
     return array
@@ -352,9 +361,9 @@ def update_running(
 ) -> None:
     """Moves running statistics, in place, towards those of a batch.
 
-    Frameworks differ, so nothing has a default: one of ``weight_of_new`` (PyTorch's momentum, 0.1 there), ``weight_of_old`` (Keras's and
-    ONNX's) and ``batches`` (the number of batches so far, for the plain average: PyTorch's momentum=None) is given, and
-    ``unbiased`` says whether the variance is divided by one less than the number of values (PyTorch) or not (Keras, ONNX).
+    Frameworks differ, so nothing has a default: one of ``weight_of_new`` (PyTorch's momentum, 0.1 there), ``weight_of_old``
+    (Keras's and ONNX's) and ``batches`` (the number of batches so far, for the plain average: PyTorch's momentum=None) is
+    given, and ``unbiased`` says whether the variance is divided by one less than the number of values (PyTorch) or not (Keras, ONNX).
     """
     choices = [
         (CONSTANTS["BN_MOMENTUM_WEIGHT_OF_NEW"], weight_of_new, 0),
@@ -368,5 +377,7 @@ def update_running(
         raise ValueError(f"`batches` must be at least 0, got {batches}")
     momentum, weight, before = given[0]
     variance = CONSTANTS["BN_VARIANCE_UNBIASED" if unbiased else "BN_VARIANCE_BIASED"]
-    pointers = (p for what, array in (("mean", mean), ("var", var)) for p in _pointer(_in_place(what, array, saved._dtype)))
+    pointers = (
+        p for what, array in (("mean", mean), ("var", var)) for p in _pointer(_in_place(what, array, saved._dtype))
+    )
     check(lib.bn_running_update(saved._handle, momentum, weight, variance, before, *pointers))
