@@ -234,6 +234,21 @@ impl ModuleT for BatchNorm {
     }
 }
 
+impl TryFrom<&BatchNorm> for candle_nn::BatchNorm {
+    type Error = Error;
+
+    /// candle-nn's layer over the same parameters and running statistics, for what asks for one, such as
+    /// [`candle_nn::Conv2d::absorb_bn`]. It subtracts the mean in training, whatever the configuration was.
+    fn try_from(layer: &BatchNorm) -> Result<Self> {
+        let (mean, var) = (layer.running_mean().clone(), layer.running_var().clone());
+        let (channels, eps, momentum) = (mean.dim(0)?, layer.eps, layer.momentum);
+        match layer.weight_and_bias.clone() {
+            Some((weight, bias)) => Self::new_with_momentum(channels, mean, var, weight, bias, eps, momentum),
+            None => Self::new_no_bias_with_momentum(channels, mean, var, eps, momentum),
+        }
+    }
+}
+
 /// A layer with the variables `running_mean`, `running_var` and, if `config.affine`, `weight` and `bias` of `vb`: those of
 /// [`candle_nn::batch_norm`].
 ///

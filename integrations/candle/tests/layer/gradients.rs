@@ -52,7 +52,9 @@ fn gradients_are_finite_differences() {
                 let loss = (y.unwrap() * &dy).unwrap().sum_all().unwrap();
                 (loss, x, variables)
             };
-            let loss = |x: &[f64], gamma, beta| at(x, gamma, beta).0.to_scalar::<f64>().unwrap();
+            let loss = |x: &[f64], gamma: Option<&[f64]>, beta: Option<&[f64]>| {
+                at(x, gamma, beta).0.to_scalar::<f64>().unwrap()
+            };
             let (value, leaf, variables) = at(&x, None, None);
             let found = value.backward().unwrap();
             let what = format!("{dims:?} {memory:?} train {train} {config:?}");

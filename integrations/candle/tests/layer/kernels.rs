@@ -16,11 +16,7 @@ fn beside<E: Element<Param: WithDType> + WithDType>(parameters: DType, train: bo
     for (dims, memory) in SHAPES.iter().flat_map(|dims| [Memory::First, Memory::Last].map(|memory| (*dims, memory))) {
         let variables = Variables::new(dims[1], parameters);
         let len = dims.iter().product();
-        let [x, dy] = [1, 2].map(|seed| {
-            // Without -0, which candle's sum with a zero makes a 0.
-            let values = tensor(&normal(len, seed), dims, E::DTYPE);
-            lying(&values, memory)
-        });
+        let [x, dy] = [1, 2].map(|seed| lying(&tensor(&normal(len, seed), dims, E::DTYPE), memory));
         let (to, _) = permutations(dims.len());
         let in_memory = |tensor: &Tensor| -> Vec<E> {
             let tensor = if memory == Memory::Last { tensor.permute(to.clone()).unwrap() } else { tensor.clone() };
@@ -33,7 +29,7 @@ fn beside<E: Element<Param: WithDType> + WithDType>(parameters: DType, train: bo
             (of(&variables.mean), of(&variables.var), of(&variables.weight), of(&variables.bias));
         let order = if memory == Memory::Last { Layout::ChannelsLast } else { Layout::ChannelsFirst };
         let plan = BatchNorm::<E>::new(Shape::new(order, dims[0], dims[1], &dims[2..]).unwrap()).unwrap();
-        let (plan, affine, mut saved) = (plan.with_eps(EPS).unwrap(), Affine::new(&gamma, &beta), plan.saved());
+        let (affine, mut saved, plan) = (Affine::new(&gamma, &beta), plan.saved(), plan.with_eps(EPS).unwrap());
         let (mut y, mut dx) = (vec![E::default(); len], vec![E::default(); len]);
         let [mut dgamma, mut dbeta] = [0; 2].map(|_| vec![E::Param::default(); dims[1]]);
         let mut running = plan.running(Momentum::WeightOfNew(0.1), Variance::Unbiased).unwrap();

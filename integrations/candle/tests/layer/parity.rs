@@ -2,7 +2,7 @@
 
 use batchnorm_candle::batch_norm;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_nn::{BatchNormConfig, ModuleT, VarBuilder, VarMap};
+use candle_nn::{BatchNormConfig, Module, ModuleT, VarBuilder, VarMap};
 
 use crate::support::{Memory, Variables, assert_near, lying, normal, permutations, step, tensor, values};
 
@@ -114,6 +114,21 @@ fn constructors_and_accessors_are_those_of_candle_nn() {
     assert_eq!(values(&mean), values(layer.running_mean()));
 }
 
+/// A convolution takes the layer in as it does candle-nn's.
+#[test]
+fn a_convolution_takes_it_in() {
+    let variables = Variables::new(3, DType::F64);
+    let layer = variables.ours(BatchNormConfig::default());
+    let weight = tensor(&normal(3 * 2 * 3 * 3, 1), &[3, 2, 3, 3], DType::F64);
+    let conv = candle_nn::Conv2d::new(weight, None, Default::default());
+    let folded = conv.absorb_bn(&(&layer).try_into().unwrap()).unwrap();
+    let x = tensor(&normal(4 * 2 * 5 * 5, 2), &[4, 2, 5, 5], DType::F64);
+    let expected = values(&layer.forward_eval(&conv.forward(&x).unwrap()).unwrap());
+    for (got, expected) in values(&folded.forward(&x).unwrap()).into_iter().zip(expected) {
+        assert!((got - expected).abs() < 1e-12, "{got}, expected {expected}");
+    }
+}
+
 /// The output lies as the input does, whatever that is called by the time it comes to the layer.
 #[test]
 fn memory_order_is_kept() {
@@ -122,14 +137,13 @@ fn memory_order_is_kept() {
             let variables = Variables::new(dims[1], DType::F32);
             let layer = variables.ours(BatchNormConfig::default());
             let x = tensor(&normal(dims.iter().product(), 1), dims, DType::F32);
-            let (to, back) = permutations(dims.len());
+            let (to, _) = permutations(dims.len());
             let last = lying(&x, Memory::Last);
             assert!(last.permute(to).unwrap().is_contiguous());
             let y = layer.forward_t(&last, train).unwrap();
             assert_eq!((y.dims(), y.stride()), (last.dims(), last.stride()), "{dims:?}");
             let y = layer.forward_t(&x, train).unwrap();
             assert!(y.is_contiguous());
-            let _ = back;
         }
     }
 }

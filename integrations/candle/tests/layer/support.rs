@@ -62,7 +62,7 @@ pub struct Variables {
 
 impl Variables {
     pub fn new(channels: usize, dtype: DType) -> Self {
-        let of = |seed| normal(channels, 1000 + seed);
+        let of = |seed: u64| normal(channels, 1000 + seed);
         let positive: Vec<_> = of(2).iter().map(|v| 0.5 + v.abs()).collect();
         let var = |values: &[f64]| Var::from_tensor(&tensor(values, &[channels], dtype)).unwrap();
         Self { mean: var(&of(1)), var: var(&positive), weight: var(&of(3)), bias: var(&of(4)) }
