@@ -27,7 +27,7 @@ valgrind)
     ;;
 unsafe)
     # Blocks, functions, implementations and traits, by file.
-    for file in $(grep -rlw unsafe src distributed/src | sort); do
+    for file in $(grep -rlw unsafe src distributed/src integrations/*/src --include=*.rs | sort); do
         count() { sed 's#//.*##' "$file" | grep -oE "$1" | wc -l; }
         printf '%-32s %4d blocks %4d functions %2d impls\n' "$file" \
             "$(count 'unsafe \{')" "$(count 'unsafe fn')" "$(count 'unsafe impl')"
