@@ -250,7 +250,7 @@ impl TryFrom<&BatchNorm> for candle_nn::BatchNorm {
 }
 
 /// A layer with the variables `running_mean`, `running_var` and, if `config.affine`, `weight` and `bias` of `vb`: those of
-/// [`candle_nn::batch_norm`].
+/// [`candle_nn::batch_norm()`].
 ///
 /// # Errors
 /// As [`BatchNorm::new_with_momentum`], and those of `vb`.

@@ -18,7 +18,7 @@
 //! # Ok::<(), candle_core::Error>(())
 //! ```
 //!
-//! A pass is one operation of candle's graph, forward and back, where [`candle_nn`] puts it together from about ten. What is
+//! A pass is one operation of candle's graph, forward and back, where [`candle_nn`] puts it together from a dozen. What is
 //! different:
 //!
 //! - **Memory order.** A tensor whose channels are last in memory, as an NHWC tensor permuted to (N, C, H, W), is taken as it

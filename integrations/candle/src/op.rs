@@ -115,13 +115,13 @@ impl<E: Float> Normalize<E> {
         saved: &Saved<E::Param>,
         gradients: Gradients<'_, E>,
     ) -> batchnorm::Result<()> {
-        if self.remove_mean || saved.is_frozen() {
+        if self.remove_mean {
             return self.plan.backward(x, dy, saved, self.affine(), gradients);
         }
         let mut sums = vec![GradientSums::default(); self.plan.shape().channels()];
         self.plan.gradient_sums(x, dy, saved, self.affine(), &mut sums)?;
         self.plan.parameter_gradients(saved, &sums, gradients.dgamma, gradients.dbeta)?;
-        // Nothing was subtracted, so nothing comes back through a mean.
+        // Nothing was subtracted, so nothing comes back through a mean. (Through constants nothing comes anyway.)
         sums.iter_mut().for_each(|sums| sums.dy = 0.0);
         gradients.dx.map_or(Ok(()), |dx| self.plan.input_gradient(x, dy, saved, self.affine(), &sums, dx))
     }

@@ -43,7 +43,8 @@ fn gradients_are_finite_differences() {
             let at = |x: &[f64], gamma: Option<&[f64]>, beta: Option<&[f64]>| {
                 let variables = Variables::new(channels, DType::F64);
                 for (var, values) in [(&variables.weight, gamma), (&variables.bias, beta)] {
-                    values.map(|values| var.set(&tensor(values, &[channels], DType::F64)).unwrap());
+                    let values = values.map_or(var.copy().unwrap(), |values| tensor(values, &[channels], DType::F64));
+                    var.set(&values).unwrap();
                 }
                 let x = Var::from_tensor(&tensor(x, dims, DType::F64)).unwrap();
                 let layer = variables.ours(config);
@@ -108,6 +109,9 @@ fn gradients_are_of_what_is_tracked() {
             let y = if train { layer.forward_train(&x) } else { layer.forward_eval(&x) }.unwrap();
             assert_eq!(y.track_op(), tracked.contains(&true));
             let found = (y * &dy).unwrap().sum_all().unwrap().backward().unwrap();
+            // Nor was anything computed for the tensors themselves.
+            let (weight, bias) = layer.weight_and_bias().unwrap();
+            assert_eq!([&x, weight, bias].map(|tensor| found.get(tensor).is_some()), tracked);
             [&leaf, &variables.weight, &variables.bias].map(|var| found.get(var).map(values))
         };
         let all = run([true; 3]);
