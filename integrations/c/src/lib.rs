@@ -1,7 +1,7 @@
 //! The C interface of [`batchnorm`]: `include/batchnorm.h`, made of this crate by cbindgen, says all that a caller needs.
 //!
 //! Functions take opaque handles, and pointers with lengths; each returns a code and leaves a text. Nothing here is generic over
-//! element types at the border: a handle holds a [`Passes`](passes::Passes), one implementation for all of them.
+//! element types at the border: a handle holds a `Passes`, one implementation for all of them.
 //!
 //! # Safety
 //! What all functions ask of their caller: handles are null or come from the `..._new` functions and were not freed, and

@@ -43,7 +43,10 @@ fn prefix() -> &'static Path {
             None => panic!("no profile in {test:?}"),
         };
         let install = Path::new(HERE).join("install.sh");
-        run(Command::new(install).arg(folder.path()).arg(profile).env("CARGO_TARGET_DIR", built.parent().unwrap()));
+        // Cargo may have something to say.
+        let mut install = Command::new(install);
+        install.arg(folder.path()).arg(profile).env("CARGO_TARGET_DIR", built.parent().unwrap());
+        assert!(install.status().unwrap().success(), "{install:?}");
         folder
     };
     PREFIX.get_or_init(install).path()

@@ -197,7 +197,7 @@ def _input(x: ArrayLike, layout: str | None) -> tuple[Array, int, int]:
     array = np.asarray(x)
     _dtype_of("x", array)
     axis = _channel_axis(layout, array.ndim)
-    return *_in_memory("x", array, axis, (_FIRST, _LAST) if axis == 1 else (_LAST, _FIRST)), axis
+    return *_in_memory("x", array, axis, (_FIRST, _LAST)), axis
 
 
 def _alike(what: str, given: ArrayLike, x: Array, axis: int, order: int) -> Array:
