@@ -176,13 +176,9 @@ pub(crate) fn not_on_cpu(device: &Device) -> Error {
     Error::Msg(format!("{NAME}: expected tensors on the CPU, got one on {:?}", device.location())).bt()
 }
 
-/// A vector of the elements that `write` writes. Zeros first would be one more pass over memory.
+/// A vector of the elements that `write` writes. Memory that the system has just given is zero already.
 fn filled<E: Float>(len: usize, write: impl FnOnce(&mut [E]) -> batchnorm::Result<()>) -> Result<Vec<E>> {
-    let mut elements = Vec::with_capacity(len);
-    // SAFETY: the vector has room for `len` numbers, which nothing else accesses; any bits are a number; passes write them and
-    // read none of them.
-    write(unsafe { core::slice::from_raw_parts_mut(elements.as_mut_ptr(), len) }).map_err(Error::wrap)?;
-    // SAFETY: a pass that gave no error wrote all of them.
-    unsafe { elements.set_len(len) };
+    let mut elements = vec![E::default(); len];
+    write(&mut elements).map_err(Error::wrap)?;
     Ok(elements)
 }
