@@ -88,8 +88,7 @@ pub struct Piece {
 pub fn pieces(extent: Extent, most: usize) -> impl Iterator<Item = Piece> {
     let Extent { outer, channels, inner } = extent;
     let (of_inner, all) = (inner.min(most), channels * inner);
-    let of_channels = if of_inner < inner { 1 } else { (most / inner).clamp(1, channels) };
-    let of_outer = if of_channels < channels || of_inner < inner { 1 } else { (most / all).clamp(1, outer) };
+    let (of_channels, of_outer) = ((most / inner).clamp(1, channels), (most / all).clamp(1, outer));
     (0..outer).step_by(of_outer).flat_map(move |o| {
         (0..channels).step_by(of_channels).flat_map(move |c| {
             (0..inner).step_by(of_inner).map(move |i| Piece {
