@@ -1,6 +1,6 @@
 //! C programs against the installed library, shared and static, with the flags of pkg-config; and the header as C and C++.
 //!
-//! `BATCHNORM_C_RUNNER` goes before each program, for instance "valgrind -q --leak-check=full --error-exitcode=9", and
+//! `BATCHNORM_C_RUNNER` goes before each program, for instance "valgrind -q --error-exitcode=9", and
 //! `BATCHNORM_C_FLAGS` into each compilation, for instance "-g -fsanitize=address".
 #![cfg(unix)]
 
