@@ -363,7 +363,8 @@ def update_running(
 
     Frameworks differ, so nothing has a default: one of ``weight_of_new`` (PyTorch's momentum, 0.1 there), ``weight_of_old``
     (Keras's and ONNX's) and ``batches`` (the number of batches so far, for the plain average: PyTorch's momentum=None) is
-    given, and ``unbiased`` says whether the variance is divided by one less than the number of values (PyTorch) or not (Keras, ONNX).
+    given, and ``unbiased`` says whether the variance is divided by one less than the number of values (PyTorch) or not
+    (Keras, ONNX).
     """
     choices = [
         (CONSTANTS["BN_MOMENTUM_WEIGHT_OF_NEW"], weight_of_new, 0),
