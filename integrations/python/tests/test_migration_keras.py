@@ -10,6 +10,9 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed: tests/fra
 os.environ["KERAS_BACKEND"] = "torch"
 keras = pytest.importorskip("keras", reason="Keras is not installed: tests/frameworks.sh installs it")
 
+# Keras asks torch's tensors for numpy arrays as numpy 1 did.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 EPS = 1e-3
 
 
