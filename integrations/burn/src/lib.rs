@@ -38,9 +38,9 @@
 //!
 //! # Conventions
 //!
-//! burn's: `momentum` is the weight of the new batch, `running = (1 - momentum) * running + momentum * batch`, 0.1 by default; the
-//! running variance is the biased one; `epsilon` is added to the variance under the root, 1e-5 by default. The layer trains on a
-//! device that differentiates, unless it is frozen: then, and elsewhere, it takes the running statistics as constants.
+//! burn's: `momentum` is the weight of the new batch, `running = (1 - momentum) * running + momentum * batch`, 0.1 by default;
+//! the running variance is the biased one; `epsilon` is added to the variance under the root, 1e-5 by default. The layer trains on
+//! a device that differentiates, unless it is frozen: then, and elsewhere, it takes the running statistics as constants.
 //!
 //! # Memory
 //!
