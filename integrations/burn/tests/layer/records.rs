@@ -55,6 +55,7 @@ fn our_record_loads_into_burns() {
 #[test]
 fn defaults_are_burns() {
     let (ours, burns) = (BatchNormConfig::new(3), nn::BatchNormConfig::new(3));
+    assert_eq!((ours.epsilon, ours.momentum), (1e-5, 0.1));
     assert_eq!((ours.epsilon, ours.momentum), (burns.epsilon, burns.momentum));
     let (ours, burns) = (ours.with_momentum(0.3).with_epsilon(0.5), burns.with_momentum(0.3).with_epsilon(0.5));
     let layers = [nn::BatchNorm::from(ours.init(&device())), burns.init(&device())];

@@ -49,6 +49,7 @@ fn beside(dtype: DType, bound: f64) {
 
 #[test]
 fn f64_is_candle_nn() {
+    assert_eq!((BatchNormConfig::default().eps, BatchNormConfig::default().momentum), (1e-5, 0.1));
     beside(DType::F64, 1e-13);
 }
 
