@@ -363,3 +363,12 @@ fn arrays_of_another_plan_are_refused() {
     let refused = Err(common::length("gamma", 3, 2));
     assert_eq!(bn.forward_infer(&dense, gamma, population, &mut dense.clone()), refused);
 }
+
+#[test]
+fn the_stride_of_an_axis_of_length_one_does_not_matter() {
+    let x = Array4::<f32>::ones((4, 3, 1, 5));
+    let mut y = ndarray::Array3::<f32>::zeros((4, 3, 5)).insert_axis(Axis(2));
+    assert_ne!(x.strides(), y.strides());
+    let bn = Arrays::new(&x, &x, Axis(1)).unwrap();
+    bn.forward_train(&x, Affine::none(), &mut y, &mut bn.plan().saved()).unwrap();
+}
