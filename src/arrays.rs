@@ -127,8 +127,7 @@ impl<E: Element, D: Dimension> Arrays<E, D> {
         y: &mut ArrayRef<E, D>,
         saved: &mut Saved<E::Param>,
     ) -> Result<()> {
-        let io = InOut { from: self.source(Side::X, "x", x)?, to: self.target(Side::Y, "y", y)? };
-        self.plan.train(io, affine, saved)
+        self.plan.train(self.forward(x, y)?, affine, saved)
     }
 
     /// [`BatchNorm::forward_infer`].
@@ -142,8 +141,7 @@ impl<E: Element, D: Dimension> Arrays<E, D> {
         population: Population<'_, E::Param>,
         y: &mut ArrayRef<E, D>,
     ) -> Result<()> {
-        let io = InOut { from: self.source(Side::X, "x", x)?, to: self.target(Side::Y, "y", y)? };
-        self.plan.infer(io, affine, population)
+        self.plan.infer(self.forward(x, y)?, affine, population)
     }
 
     /// [`BatchNorm::backward`]. A residual and an output are slices that lie like `y`, from its first element to its last.
@@ -163,6 +161,10 @@ impl<E: Element, D: Dimension> Arrays<E, D> {
         let dresidual = dresidual.map(|tensor| self.target(Side::Y, "dresidual", tensor)).transpose()?;
         let tensors = (dx.map(|to| InOut { from: dy, to }), dresidual);
         self.plan.differentiate(x, dy, tensors, saved, affine, Gradients { dgamma, dbeta, ..Default::default() })
+    }
+
+    fn forward<'a>(&self, x: &'a ArrayRef<E, D>, y: &'a mut ArrayRef<E, D>) -> Result<InOut<'a, E>> {
+        Ok(InOut { from: self.source(Side::X, "x", x)?, to: self.target(Side::Y, "y", y)? })
     }
 
     fn source<'a>(&self, side: Side, what: &'static str, array: &'a ArrayRef<E, D>) -> Result<Source<'a, E>> {

@@ -36,20 +36,23 @@ pub const fn lanes<P: Real>() -> usize {
     64 / size_of::<P>()
 }
 
+/// The number of channels, and of the neighbouring elements that are of one of them.
+fn channels_and_run(shape: &Shape) -> (usize, usize) {
+    match Geometry::new(shape) {
+        Geometry::Planar(planar) => (planar.channels, planar.plane),
+        Geometry::Rows(rows) => (rows.channels, 1),
+    }
+}
+
 /// The channel of the element at `index`.
 fn channel_of(shape: &Shape, index: usize) -> usize {
-    match Geometry::new(shape) {
-        Geometry::Planar(planar) => index / planar.plane % planar.channels,
-        Geometry::Rows(rows) => index % rows.channels,
-    }
+    let (channels, run) = channels_and_run(shape);
+    index / run % channels
 }
 
 /// The elements of a channel.
 fn elements_of(shape: &Shape, channel: usize) -> impl Iterator<Item = usize> {
-    let (channels, run) = match Geometry::new(shape) {
-        Geometry::Planar(planar) => (planar.channels, planar.plane),
-        Geometry::Rows(rows) => (rows.channels, 1),
-    };
+    let (channels, run) = channels_and_run(shape);
     let starts = (0..shape.len()).step_by((channels * run).max(1));
     starts.flat_map(move |start| (0..run).map(move |i| start + channel * run + i))
 }

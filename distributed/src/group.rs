@@ -16,8 +16,8 @@ use crate::wire::{Wire, WireMoments, WireSums};
 /// A communicator of its own, so that no other message is mistaken for one of these, and the operations.
 pub(crate) struct Group {
     comm: ManuallyDrop<SimpleCommunicator>,
-    moments: ManuallyDrop<UnsafeUserOperation>,
-    sums: ManuallyDrop<UnsafeUserOperation>,
+    pub(crate) moments: ManuallyDrop<UnsafeUserOperation>,
+    pub(crate) sums: ManuallyDrop<UnsafeUserOperation>,
 }
 
 impl Drop for Group {
@@ -200,10 +200,9 @@ impl<W: Wire> Exchange<W> {
     }
 
     /// Merges `mine` of all ranks into `merged` on each of them, unless one has failed.
-    pub(crate) fn run<M: Meeting>(
+    pub(crate) fn merge<M: Meeting>(
         &mut self,
         group: &Group,
-        operation: &UnsafeUserOperation,
         own: batchnorm::Result<()>,
         meeting: M,
     ) -> Result<M::Done> {
@@ -212,7 +211,7 @@ impl<W: Wire> Exchange<W> {
         for (sent, mine) in self.sent[1..].iter_mut().zip(&self.mine) {
             *sent = W::pack(*mine);
         }
-        let done = meeting.meet(&group.comm, &self.sent, &mut self.received, operation);
+        let done = meeting.meet(&group.comm, &self.sent, &mut self.received, W::operation_of(group));
         if self.received[0].failures() > 0 {
             // Every rank comes here.
             let rank = group.first(own.is_err());
@@ -224,26 +223,18 @@ impl<W: Wire> Exchange<W> {
         }
         Ok(done)
     }
-}
 
-impl Exchange<WireMoments> {
-    pub(crate) fn merge<M: Meeting>(
-        &mut self,
-        group: &Group,
-        own: batchnorm::Result<()>,
-        meeting: M,
-    ) -> Result<M::Done> {
-        self.run(group, &group.moments, own, meeting)
-    }
-}
-
-impl Exchange<WireSums> {
-    pub(crate) fn merge<M: Meeting>(
-        &mut self,
-        group: &Group,
-        own: batchnorm::Result<()>,
-        meeting: M,
-    ) -> Result<M::Done> {
-        self.run(group, &group.sums, own, meeting)
+    /// Merges the values of a caller, one per channel, with those of all ranks.
+    pub(crate) fn merge_given(&mut self, group: &Group, what: &'static str, values: &mut [W::Value]) -> Result<()> {
+        let own = match (self.mine.len(), values.len()) {
+            (expected, got) if expected != got => Err(batchnorm::Error::Length { what, expected, got }),
+            _ => {
+                self.mine.copy_from_slice(values);
+                Ok(())
+            }
+        };
+        self.merge(group, own, Blocking)?;
+        values.copy_from_slice(&self.merged);
+        Ok(())
     }
 }

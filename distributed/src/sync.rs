@@ -226,11 +226,7 @@ impl<E: Element> SyncBatchNorm<E> {
     /// # Errors
     /// [`Error::Local`] for other than `C` moments; [`Error::Remote`].
     pub fn merge_moments(&mut self, moments: &mut [Moments]) -> Result<()> {
-        let Self { group, moments: exchange, .. } = self;
-        let own = give(moments, &mut exchange.mine, "moments");
-        exchange.merge(group, own, Blocking)?;
-        moments.copy_from_slice(&exchange.merged);
-        Ok(())
+        self.moments.merge_given(&self.group, "moments", moments)
     }
 
     /// The collective of the backward pass alone: `sums` of each shard become those of all.
@@ -238,21 +234,8 @@ impl<E: Element> SyncBatchNorm<E> {
     /// # Errors
     /// [`Error::Local`] for other than `C` sums; [`Error::Remote`].
     pub fn merge_sums(&mut self, sums: &mut [GradientSums]) -> Result<()> {
-        let Self { group, sums: exchange, .. } = self;
-        let own = give(sums, &mut exchange.mine, "sums");
-        exchange.merge(group, own, Blocking)?;
-        sums.copy_from_slice(&exchange.merged);
-        Ok(())
+        self.sums.merge_given(&self.group, "sums", sums)
     }
-}
-
-/// Copies values of all channels.
-fn give<T: Copy>(values: &[T], to: &mut [T], what: &'static str) -> batchnorm::Result<()> {
-    if values.len() != to.len() {
-        return Err(batchnorm::Error::Length { what, expected: to.len(), got: values.len() });
-    }
-    to.copy_from_slice(values);
-    Ok(())
 }
 
 impl<E: Element> core::fmt::Debug for SyncBatchNorm<E> {

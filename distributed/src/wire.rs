@@ -7,6 +7,8 @@ use mpi::collective::UnsafeUserOperation;
 use mpi::ffi::MPI_Datatype;
 use mpi::traits::Equivalence;
 
+use crate::group::Group;
+
 /// One element of a message. The first of each message stands for no channel: merged, it counts the ranks that failed.
 pub(crate) trait Wire: Equivalence + Copy + Default {
     /// What it carries.
@@ -20,6 +22,8 @@ pub(crate) trait Wire: Equivalence + Copy + Default {
     fn failure() -> Self;
     /// How many did.
     fn failures(self) -> u64;
+    /// What a group made of [`Wire::operation`].
+    fn operation_of(group: &Group) -> &UnsafeUserOperation;
 
     /// The operation for MPI. Not commutative as far as MPI knows: then it keeps the order of ranks, and with it the bits.
     fn operation() -> UnsafeUserOperation {
@@ -82,6 +86,10 @@ impl Wire for WireMoments {
     fn failures(self) -> u64 {
         self.count
     }
+
+    fn operation_of(group: &Group) -> &UnsafeUserOperation {
+        &group.moments
+    }
 }
 
 /// [`GradientSums`] with a layout that is told to MPI.
@@ -115,5 +123,9 @@ impl Wire for WireSums {
     fn failures(self) -> u64 {
         // A small integer.
         self.dy as u64
+    }
+
+    fn operation_of(group: &Group) -> &UnsafeUserOperation {
+        &group.sums
     }
 }

@@ -222,6 +222,11 @@ def _output(out: Array | None, x: Array, axis: int, order: int) -> Array:
     return _alike("out", out, x, axis, order)
 
 
+def _result(memory: Array, out: Array | None, axis: int, order: int) -> Array:
+    """What :func:`_output` gave, with its axes as the caller has them."""
+    return np.moveaxis(memory, _AXES[order], axis) if out is None else out
+
+
 def _channels(what: str, values: ArrayLike | None, dtype: np.dtype[Any]) -> Array | None:
     """One value per channel, converted if need be."""
     if values is None:
@@ -259,7 +264,7 @@ def forward_train(
     check(
         lib.bn_forward_train(plan.handle, *_pointer(x), *_pointer(gamma), *_pointer(beta), *_pointer(y), saved._handle)
     )
-    return np.moveaxis(y, _AXES[order], axis) if out is None else out, saved
+    return _result(y, out, axis, order), saved
 
 
 def forward_infer(
@@ -285,7 +290,7 @@ def forward_infer(
     y = _output(out, x, axis, order)
     lines = [_channels(*line, x.dtype) for line in (("gamma", gamma), ("beta", beta), ("mean", mean), ("var", var))]
     check(lib.bn_forward_infer(plan.handle, *_pointer(x), *(p for line in lines for p in _pointer(line)), *_pointer(y)))
-    return np.moveaxis(y, _AXES[order], axis) if out is None else out
+    return _result(y, out, axis, order)
 
 
 def backward(
@@ -334,7 +339,7 @@ def backward(
     arrays = (gamma, beta, dx, dgamma, dbeta)
     pointers = (p for array in arrays for p in _pointer(array))
     check(lib.bn_backward(plan.handle, *_pointer(x), *_pointer(dy), saved._handle, *pointers))
-    return Gradients(np.moveaxis(dx, _AXES[order], axis) if out is None and dx is not None else out, dgamma, dbeta)
+    return Gradients(None if dx is None else _result(dx, out, axis, order), dgamma, dbeta)
 
 
 def _in_place(what: str, array: Array, dtype: np.dtype[Any]) -> Array:
