@@ -344,3 +344,9 @@ def test_declarations_are_those_of_the_header():
     }
     for name, value in _native.CONSTANTS.items():
         assert constants[name] == value, name
+
+
+def test_out_is_not_given_back_for_a_gradient_that_was_not_wanted():
+    x = np.ones((4, 3, 2), np.float32)
+    _, saved = batchnorm.forward_train(x)
+    assert batchnorm.backward(x, x, saved, want="dbeta", out=np.empty_like(x)).dx is None
