@@ -174,9 +174,33 @@ pub enum Error {
         /// The groups that were given.
         groups: usize,
     },
-    /// Batch Normalization before a transposed convolution.
-    #[error("a transposed convolution cannot take in what precedes it: its outputs see different numbers of inputs")]
+    /// Batch Normalization before a transposed convolution, or whitening before one in groups.
+    #[error(
+        "a transposed convolution cannot take in what precedes it: its outputs see different numbers of inputs; nor can one in groups take in whitening, which mixes channels"
+    )]
     NotFoldable,
+    /// A covariance without an inverse root.
+    #[cfg(feature = "whitening")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "whitening")))]
+    #[error(
+        "the covariance of channels {first} to {last} is singular: one of them follows from the others, or there are fewer values than channels; expected an eps above 0, smaller groups or a larger batch"
+    )]
+    Singular {
+        /// The first channel of the group.
+        first: usize,
+        /// Its last channel.
+        last: usize,
+    },
+    /// Statistics of other groups of channels.
+    #[cfg(feature = "whitening")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "whitening")))]
+    #[error("expected statistics of the same groups of channels as the plan's")]
+    WhiteningGroups,
+    /// Whitening with more than gamma and beta.
+    #[cfg(feature = "whitening")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "whitening")))]
+    #[error("whitening takes gamma and beta alone, no residual and no activation")]
+    WhiteningAffine,
     /// This CPU, or this build, does not have the tier.
     #[error("the {tier} tier is not available here, expected one of: {}", Tier::list())]
     TierUnavailable {

@@ -68,6 +68,19 @@ impl Layer {
         self.inputs.saturating_mul(self.outputs / self.groups).saturating_mul(self.taps)
     }
 
+    /// Refuses slices of other lengths, and a layer that meets another number of channels.
+    pub(crate) fn check<P>(&self, expected: usize, channels: usize, weight: &[P], bias: &[P]) -> Result<()> {
+        check_len("channels of the layer", expected, channels)?;
+        check_len("weight", self.weights(), weight.len())?;
+        check_len("bias", self.outputs, bias.len())
+    }
+
+    /// The inputs and the weights of a pair of channels, if all outputs see all inputs and are summed in order.
+    #[cfg(feature = "whitening")]
+    pub(crate) fn joined(&self) -> Result<(usize, usize)> {
+        if self.transposed || self.groups > 1 { Err(Error::NotFoldable) } else { Ok((self.inputs, self.taps)) }
+    }
+
     /// The weights that join an output to an input, in an order of rows, with both numbers.
     fn joints(self) -> impl Iterator<Item = (usize, usize, Range<usize>)> {
         let (rows, columns) = if self.transposed { (self.inputs, self.outputs) } else { (self.outputs, self.inputs) };
@@ -200,9 +213,7 @@ impl<E: Element> BatchNorm<E> {
         affine: Affine<'_, E>,
         population: Population<'_, E::Param>,
     ) -> Result<()> {
-        check_len("channels of the layer", self.shape().channels(), channels)?;
-        check_len("weight", layer.weights(), weight.len())?;
-        check_len("bias", layer.outputs, bias.len())?;
+        layer.check(self.shape().channels(), channels, weight, bias)?;
         self.check_affine(affine)?;
         self.check_population(population)
     }

@@ -58,6 +58,7 @@
 //!
 //! - `rayon` (default): large tensors are shared among the threads of the rayon pool that the caller is in.
 //! - `half`: `half::bf16` and `half::f16` as element types.
+//! - `whitening`: decorrelated channels, in `whitening`; brings faer.
 //! - `ndarray`: passes over arrays of the crate ndarray where they lie, `Arrays`.
 
 #![deny(missing_docs)]
@@ -91,6 +92,9 @@ mod shape;
 mod simd;
 mod tensor;
 mod view;
+#[cfg(feature = "whitening")]
+#[cfg_attr(docsrs, doc(cfg(feature = "whitening")))]
+pub mod whitening;
 
 pub use activation::Activation;
 pub use affine::{Affine, Gradients};

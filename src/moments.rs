@@ -100,9 +100,9 @@ pub(crate) fn common_count(moments: &[Moments]) -> Result<u64> {
 #[derive(Clone, Copy)]
 pub(crate) struct MergeWeights {
     /// `n_b / n`
-    mean: f64,
+    pub(crate) mean: f64,
     /// `n_a * n_b / n`
-    m2: f64,
+    pub(crate) m2: f64,
 }
 
 impl MergeWeights {

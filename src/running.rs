@@ -16,6 +16,33 @@ pub enum Momentum {
     Cumulative,
 }
 
+impl Momentum {
+    /// Refuses a weight outside 0 to 1.
+    pub(crate) fn check(self) -> Result<()> {
+        match self {
+            Momentum::WeightOfNew(w) | Momentum::WeightOfOld(w) if !(0.0..=1.0).contains(&w) => {
+                Err(Error::Momentum { got: w })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What a running value becomes by that of the `batches`-th batch.
+    pub(crate) fn mover(self, batches: u64) -> impl Fn(f64, f64) -> f64 {
+        let (keep, take) = match self {
+            Momentum::WeightOfNew(w) => (1.0 - w, w),
+            Momentum::WeightOfOld(w) => (w, 1.0 - w),
+            Momentum::Cumulative => {
+                let take = 1.0 / batches as f64;
+                (1.0 - take, take)
+            }
+        };
+        // A weight of zero leaves a value out altogether, even an infinite one.
+        let term = |weight: f64, value: f64| if weight == 0.0 { 0.0 } else { weight * value };
+        move |old, new| term(keep, old) + term(take, new)
+    }
+}
+
 /// Which variance of a batch enters the running variance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Variance {
@@ -27,7 +54,7 @@ pub enum Variance {
 
 impl Variance {
     /// What the biased variance of `count` values is multiplied with.
-    fn correction(self, count: u64) -> Result<f64> {
+    pub(crate) fn correction(self, count: u64) -> Result<f64> {
         match self {
             _ if count == 0 => Err(Error::MissingStatistics),
             Variance::Biased => Ok(1.0),
@@ -86,12 +113,8 @@ impl<P: Real> Running<P> {
         }
         check_len("var", mean.len(), var.len())?;
         check_variances(&var)?;
-        match momentum {
-            Momentum::WeightOfNew(w) | Momentum::WeightOfOld(w) if !(0.0..=1.0).contains(&w) => {
-                Err(Error::Momentum { got: w })
-            }
-            _ => Ok(Self { mean, var, batches, momentum, variance }),
-        }
+        momentum.check()?;
+        Ok(Self { mean, var, batches, momentum, variance })
     }
 
     /// Moves the running statistics towards those of a batch. Computed in f64, rounded once. A batch with NaN or
@@ -106,19 +129,10 @@ impl<P: Real> Running<P> {
         check_len("saved", self.mean.len(), saved.channels())?;
         let correction = self.variance.correction(saved.count())?;
         self.batches = self.batches.saturating_add(1);
-        let (keep, take) = match self.momentum {
-            Momentum::WeightOfNew(w) => (1.0 - w, w),
-            Momentum::WeightOfOld(w) => (w, 1.0 - w),
-            Momentum::Cumulative => {
-                let take = 1.0 / self.batches as f64;
-                (1.0 - take, take)
-            }
-        };
-        // A weight of zero leaves a value out altogether, even an infinite one.
-        let term = |weight: f64, value: f64| if weight == 0.0 { 0.0 } else { weight * value };
+        let moved = self.momentum.mover(self.batches);
         for (c, (mean, var)) in self.mean.iter_mut().zip(&mut self.var).enumerate() {
-            *mean = P::from_f64(term(keep, mean.to_f64()) + term(take, saved.mean[c].to_f64()));
-            *var = P::from_f64(term(keep, var.to_f64()) + term(take, saved.var[c].to_f64() * correction));
+            *mean = P::from_f64(moved(mean.to_f64(), saved.mean[c].to_f64()));
+            *var = P::from_f64(moved(var.to_f64(), saved.var[c].to_f64() * correction));
         }
         Ok(())
     }
