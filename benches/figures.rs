@@ -1,12 +1,14 @@
-//! Draws what the other benches wrote into the target directory, as SVG: the roofline by shape, the sweep over sizes, and
-//! the peers.
+//! Draws what the other benches wrote into the target directory, as SVG: the roofline by shape, the sweep over sizes, the
+//! peers, and whitening.
 //!
-//! `cargo bench --bench figures` draws into docs/ what there is of roofline.json, sweep.json and peers.json.
+//! `cargo bench --bench figures` draws into docs/ what there is of roofline.json, sweep.json, peers.json and
+//! whitening.json.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
+use plotters::coord::combinators::LogCoord;
 use plotters::coord::ranged1d::{AsRangedCoord, ValueFormatter};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -42,7 +44,8 @@ fn main() -> Result<()> {
     std::fs::create_dir_all(&args.out)?;
     let target =
         std::env::var("CARGO_TARGET_DIR").unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/target").into());
-    let draws: [(&str, Draw); 3] = [("roofline", roofline), ("sweep", sweep), ("peers", peers)];
+    let draws: [(&str, Draw); 4] =
+        [("roofline", roofline), ("sweep", sweep), ("peers", peers), ("whitening", whitening)];
     for (name, draw) in draws {
         let from = Path::new(&target).join(name).with_extension("json");
         if !from.exists() {
@@ -216,18 +219,75 @@ fn sweep(json: &str) -> Result<String> {
                     "stream" => "copy, streaming stores",
                     pass => pass,
                 };
-                let style = color.stroke_width(if *pass == "copy" { 1 } else { 2 });
-                chart
-                    .draw_series(LineSeries::new(points, style))?
-                    .label(label)
-                    .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
+                series(&mut chart, label, color.stroke_width(if *pass == "copy" { 1 } else { 2 }), points)?;
             }
-            chart
-                .configure_series_labels()
-                .position(SeriesLabelPosition::UpperMiddle)
-                .background_style(WHITE.mix(0.8))
-                .label_font(SMALL)
+            legend(&mut chart)?;
+        }
+        Ok(())
+    })
+}
+
+type Chart<'a, 'svg> = ChartContext<'a, SVGBackend<'svg>, Cartesian2d<LogCoord<f64>, LogCoord<f64>>>;
+
+/// A line with its name.
+fn series(chart: &mut Chart, name: &str, style: ShapeStyle, points: impl Iterator<Item = (f64, f64)>) -> Result<()> {
+    chart
+        .draw_series(LineSeries::new(points, style))?
+        .label(name)
+        .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
+    Ok(())
+}
+
+fn legend<'a, 'svg: 'a>(chart: &mut Chart<'a, 'svg>) -> Result<()> {
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperMiddle)
+        .background_style(WHITE.mix(0.8))
+        .label_font(SMALL)
+        .draw()?;
+    Ok(())
+}
+
+#[derive(Deserialize)]
+struct Whitening {
+    pass: String,
+    norm: String,
+    channels: usize,
+    ns_per_element: f64,
+}
+
+/// A panel for each pass, a line for each way to normalize.
+fn whitening(json: &str) -> Result<String> {
+    let lines: Vec<Whitening> = serde_json::from_str(json)?;
+    let (low, high) = lines
+        .iter()
+        .fold((f64::MAX, 0.0f64), |(low, high), line| (low.min(line.ns_per_element), high.max(line.ns_per_element)));
+    let most = lines.iter().map(|line| line.channels).max().unwrap_or(1) as f64;
+    let mut norms: Vec<&str> = Vec::new();
+    for line in &lines {
+        if !norms.contains(&line.norm.as_str()) {
+            norms.push(&line.norm);
+        }
+    }
+    svg((1300, 450), |sheet| {
+        for (panel, pass) in sheet.split_evenly((1, 2)).iter().zip(["forward", "backward"]) {
+            let mut chart = ChartBuilder::on(panel)
+                .margin(14)
+                .caption(pass, LARGE)
+                .x_label_area_size(40)
+                .y_label_area_size(60)
+                .build_cartesian_2d((8.0..most).log_scale().base(2.0), (low * 0.9..high * 3.0).log_scale())?;
+            look(&mut chart.configure_mesh(), GRID)
+                .x_desc("channels")
+                .y_desc("ns per element")
+                .x_label_formatter(&|x| format!("{x:.0}"))
                 .draw()?;
+            for (norm, color) in norms.iter().zip(COLORS) {
+                let of = lines.iter().filter(|line| line.pass == pass && line.norm == *norm);
+                let points = of.map(|line| (line.channels as f64, line.ns_per_element));
+                series(&mut chart, norm, color.stroke_width(2), points)?;
+            }
+            legend(&mut chart)?;
         }
         Ok(())
     })

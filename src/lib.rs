@@ -140,4 +140,9 @@ mod pages {
     pages! {
         Choosing "docs/choosing.md",
     }
+
+    #[cfg(feature = "whitening")]
+    pages! {
+        Whitening "docs/whitening.md",
+    }
 }

@@ -7,6 +7,7 @@ use batchnorm::{
     Affine, BatchNorm, Element, Error, Gradients, Layer, Layout, Momentum, Parallelism, Real, Shape, Variance,
 };
 use common::{Data, assert_bits, in_pool, length};
+use proptest::prelude::*;
 
 const METHODS: [Method; 2] = [Method::Zca, Method::IterNorm { steps: 5 }];
 
@@ -430,6 +431,35 @@ fn a_nan_stays_in_its_group() {
                 assert_eq!((got.is_nan(), dx[i].is_nan()), (bad, bad), "{method:?} {i}");
                 assert!(bad || got == expected);
             }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    /// Whatever the values and sizes: an error that leaves `y` alone, or a result for each element.
+    #[test]
+    fn nothing_panics(
+        shape in common::shapes(),
+        group in 1usize..80,
+        steps in proptest::option::of(0usize..8),
+        eps in prop::sample::select(vec![0.0, 1e-300, 1e-5, 1e30]),
+        data in prop::sample::select(Data::ALL.to_vec()),
+        seed: u64,
+    ) {
+        let method = steps.map_or(Method::Zca, |steps| Method::IterNorm { steps });
+        let plan = Whitening::<f32>::new(shape).unwrap().with_group(group).unwrap().with_method(method);
+        let plan = plan.with_eps(eps).unwrap();
+        let x: Vec<f32> = data.fill(shape.len(), seed);
+        let (mut y, mut saved) = (vec![7f32; x.len()], plan.saved());
+        match plan.forward_train(&x, Affine::none(), &mut y, &mut saved) {
+            Ok(()) => {
+                let dx = backward(&plan, &x, &x, &saved, Affine::none()).dx;
+                prop_assert!(y.iter().chain(&dx).all(|&value| value != 7.0));
+            }
+            Err(Error::Singular { .. } | Error::EmptyBatch { .. }) => prop_assert!(y.iter().all(|&y| y == 7.0)),
+            Err(error) => prop_assert!(false, "{error}"),
         }
     }
 }

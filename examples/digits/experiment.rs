@@ -6,6 +6,7 @@ use crate::network::{CLASSES, Network};
 use batchnorm::Error;
 use rand::Rng;
 use rand::seq::SliceRandom;
+use std::time::{Duration, Instant};
 
 /// Measurements after the one at step zero.
 const POINTS: u64 = 50;
@@ -19,6 +20,8 @@ pub const PERCENTILES: [f32; 3] = [15.0, 50.0, 85.0];
 #[derive(Clone, Copy)]
 pub struct Point {
     pub step: u64,
+    /// What training took up to it, without the measurements.
+    pub seconds: f64,
     /// Part of the images told right.
     pub accuracy: f64,
     /// `PERCENTILES` of the input of the watched unit.
@@ -36,21 +39,24 @@ pub fn run(
 ) -> Result<Vec<Point>, Error> {
     let mut batches = Batches::new(&data.train);
     let mut points: Vec<Point> = Vec::new();
+    let mut spent = Duration::ZERO;
     for step in 0..=steps {
         let wanted = |i: u64| (steps * i * i).div_ceil(POINTS * POINTS);
         if (0..=POINTS).any(|i| wanted(i) == step) {
-            points.push(measure(&mut network, &data.test, step)?);
+            points.push(Point { step, seconds: spent.as_secs_f64(), ..measure(&mut network, &data.test)? });
         }
         if step < steps {
             let (pixels, labels) = batches.next(rng);
+            let begin = Instant::now();
             network.step(pixels, labels, rate)?;
+            spent += begin.elapsed();
             tick();
         }
     }
     Ok(points)
 }
 
-fn measure(network: &mut Network, test: &Images, step: u64) -> Result<Point, Error> {
+fn measure(network: &mut Network, test: &Images) -> Result<Point, Error> {
     /// Images in one call, to bound the memory that a large test set takes.
     const AT_ONCE: usize = 500;
     let mut right = 0;
@@ -64,7 +70,8 @@ fn measure(network: &mut Network, test: &Images, step: u64) -> Result<Point, Err
         inputs.extend(network.watched());
     }
     inputs.sort_by(f32::total_cmp);
-    Ok(Point { step, accuracy: right as f64 / test.len() as f64, input: PERCENTILES.map(|p| percentile(&inputs, p)) })
+    let accuracy = right as f64 / test.len() as f64;
+    Ok(Point { step: 0, seconds: 0.0, accuracy, input: PERCENTILES.map(|p| percentile(&inputs, p)) })
 }
 
 /// By linear interpolation between the two nearest of the sorted, not empty `values`.
@@ -76,7 +83,7 @@ fn percentile(values: &[f32], percent: f32) -> f32 {
 
 /// Batches without end, the images shuffled anew for each round; what does not fill a batch at
 /// the end of a round is left out of it.
-struct Batches<'a> {
+pub struct Batches<'a> {
     images: &'a Images,
     order: Vec<usize>,
     used: usize,
@@ -85,7 +92,7 @@ struct Batches<'a> {
 }
 
 impl<'a> Batches<'a> {
-    fn new(images: &'a Images) -> Self {
+    pub fn new(images: &'a Images) -> Self {
         Batches {
             images,
             order: (0..images.len()).collect(),
@@ -95,7 +102,7 @@ impl<'a> Batches<'a> {
         }
     }
 
-    fn next(&mut self, rng: &mut impl Rng) -> (&[f32], &[u8]) {
+    pub fn next(&mut self, rng: &mut impl Rng) -> (&[f32], &[u8]) {
         if self.order.len() - self.used < BATCH {
             self.order.shuffle(rng);
             self.used = 0;

@@ -1,4 +1,4 @@
-//! The picture: accuracy against steps, and the percentiles of a sigmoid's input, side by side.
+//! The pictures: accuracy against steps, and the percentiles of a sigmoid's input; ways to normalize side by side.
 
 use crate::experiment::{PERCENTILES, Point};
 use crate::plot::{COLORS, Panel, look, svg};
@@ -9,6 +9,8 @@ use std::ops::Range;
 
 const WITHOUT: RGBColor = COLORS[1];
 const WITH: RGBColor = COLORS[0];
+
+const STEPS: &str = "training steps";
 
 /// Draws one pair of runs, laid out like Figure 1 of the paper, as SVG.
 pub fn draw(pair: &Pair) -> Result<String> {
@@ -27,9 +29,9 @@ fn accuracies(panel: &Panel, [without, with]: &Pair) -> Result<()> {
     let lines = lines.map(|(label, color, points)| Line {
         label: label.into(),
         style: color.stroke_width(2),
-        points: points.iter().map(|p| (p.step, 100.0 * p.accuracy)).collect(),
+        points: points.iter().map(|p| (p.step as f64, 100.0 * p.accuracy)).collect(),
     });
-    let titles = ["(a) with and without BN", "test accuracy, %"];
+    let titles = ["(a) with and without BN", STEPS, "test accuracy, %"];
     chart(panel, titles, 0.0..100.0, &lines, true)
 }
 
@@ -39,12 +41,12 @@ fn inputs(panel: &Panel, title: &str, color: RGBColor, points: &[Point], range: 
         style: color.stroke_width(if i == 1 { 2 } else { 1 }),
         points: points
             .iter()
-            .map(|p| (p.step, f64::from(p.input[i])))
+            .map(|p| (p.step as f64, f64::from(p.input[i])))
             // What is not a number has no place in a picture.
             .filter(|p| p.1.is_finite())
             .collect(),
     });
-    let titles = [title, "input of one sigmoid, percentiles"];
+    let titles = [title, STEPS, "input of one sigmoid, percentiles"];
     chart(panel, titles, range.clone(), &lines, false)
 }
 
@@ -56,16 +58,59 @@ fn input_range(pair: &Pair) -> Range<f64> {
     -top..top
 }
 
+/// Draws ways to normalize beside each other, by step and by second, and what becomes of a bias.
+pub fn compare(runs: &[(&str, Vec<Point>)], growth: &[(&str, Vec<f64>)]) -> Result<String> {
+    let line = |(label, points): (&str, Vec<(f64, f64)>), color: RGBColor| Line {
+        label: label.into(),
+        style: color.stroke_width(2),
+        points,
+    };
+    let accuracies = |at: fn(&Point) -> f64| -> Vec<Line> {
+        let runs = runs
+            .iter()
+            .map(|(label, points)| (*label, points.iter().map(|point| (at(point), 100.0 * point.accuracy)).collect()));
+        runs.zip(COLORS).map(|(run, color)| line(run, color)).collect()
+    };
+    let growth: Vec<Line> = (growth.iter())
+        .map(|(label, sizes)| (*label, sizes.iter().enumerate().map(|(step, &size)| (step as f64, size)).collect()))
+        .zip([WITHOUT, WITH])
+        .map(|(run, color)| line(run, color))
+        .collect();
+    let top = growth.iter().flat_map(|line| &line.points).fold(1.0, |top: f64, point| top.max(1.1 * point.1));
+    let accuracy = "test accuracy, %";
+    svg((1200, 400), |sheet| {
+        let panels = sheet.split_evenly((1, if growth.is_empty() { 2 } else { 3 }));
+        chart(&panels[0], ["(a) by step", STEPS, accuracy], 0.0..100.0, &accuracies(|p| p.step as f64), true)?;
+        chart(
+            &panels[1],
+            ["(b) by second", "seconds of training", accuracy],
+            0.0..100.0,
+            &accuracies(|p| p.seconds),
+            true,
+        )?;
+        match panels.get(2) {
+            Some(panel) => chart(panel, ["(c) a bias before whitening", STEPS, "its length"], 0.0..top, &growth, true),
+            None => Ok(()),
+        }
+    })
+}
+
 struct Line {
     label: String,
     style: ShapeStyle,
-    points: Vec<(u64, f64)>,
+    points: Vec<(f64, f64)>,
 }
 
 /// One panel, its lines named in a legend or else at their right ends.
-fn chart(panel: &Panel, [title, vertical]: [&str; 2], range: Range<f64>, lines: &[Line], legend: bool) -> Result<()> {
+fn chart(
+    panel: &Panel,
+    [title, horizontal, vertical]: [&str; 3],
+    range: Range<f64>,
+    lines: &[Line],
+    legend: bool,
+) -> Result<()> {
     let points = lines.iter().flat_map(|line| &line.points);
-    let steps = points.map(|p| p.0).max().unwrap_or(1);
+    let end = points.map(|p| p.0).fold(f64::MIN_POSITIVE, f64::max);
     let decimals = usize::from(range.end < 10.0);
     // Names at the ends keep this distance where the lines, given from low to high, do not.
     let distance = 0.055 * (range.end - range.start);
@@ -76,12 +121,13 @@ fn chart(panel: &Panel, [title, vertical]: [&str; 2], range: Range<f64>, lines: 
         .caption(title, ("sans-serif", 22))
         .x_label_area_size(44)
         .y_label_area_size(56)
-        .build_cartesian_2d(0..steps, range)?;
+        .build_cartesian_2d(0.0..end, range)?;
     look(&mut chart.configure_mesh(), [16, 17])
-        .x_desc("training steps")
+        .x_desc(horizontal)
         .y_desc(vertical)
         .x_labels(6)
         .y_labels(6)
+        .x_label_formatter(&|x| format!("{x}"))
         .y_label_formatter(&|y| format!("{y:.decimals$}"))
         .draw()?;
     for line in lines {

@@ -38,7 +38,7 @@ fn gaussian(count: usize, deviation: f32, rng: &mut impl Rng) -> Vec<f32> {
 }
 
 /// `p -= rate * gradient`
-fn descend(p: &mut [f32], rate: f32, gradient: &[f32]) {
+pub fn descend(p: &mut [f32], rate: f32, gradient: &[f32]) {
     for (p, g) in p.iter_mut().zip(gradient) {
         *p -= rate * g;
     }
@@ -183,6 +183,14 @@ impl Layer for Conv {
     }
 }
 
+/// The shape of a batch of so many images.
+pub fn shape([c, h, w]: Dims, images: usize) -> Result<Shape, Error> {
+    match (h, w) {
+        (1, 1) => Shape::nc(images, c),
+        _ => Shape::nchw(images, c, h, w),
+    }
+}
+
 /// Batch Normalization with a learned scale and shift, and the moving population statistics.
 pub struct Norm {
     dims: Dims,
@@ -211,13 +219,9 @@ impl Norm {
         })
     }
 
-    fn kernels([c, h, w]: Dims, images: usize) -> Result<BatchNorm<f32>, Error> {
-        let shape = match (h, w) {
-            (1, 1) => Shape::nc(images, c)?,
-            _ => Shape::nchw(images, c, h, w)?,
-        };
+    fn kernels(dims: Dims, images: usize) -> Result<BatchNorm<f32>, Error> {
         // Every network trains on a thread of its own, which is all the parallelism there is to have.
-        Ok(BatchNorm::new(shape)?.with_parallelism(Parallelism::Sequential))
+        Ok(BatchNorm::new(shape(dims, images)?)?.with_parallelism(Parallelism::Sequential))
     }
 }
 
@@ -256,6 +260,12 @@ pub struct Bias {
 impl Bias {
     pub fn new([channels, height, width]: Dims) -> Self {
         Bias { values: vec![0.0; channels], area: height * width }
+    }
+
+    /// The length of the vector of all of them.
+    #[cfg(feature = "whitening")]
+    pub fn length(&self) -> f64 {
+        self.values.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt()
     }
 }
 

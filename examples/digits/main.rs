@@ -1,6 +1,10 @@
 //! Figure 1 of Ioffe & Szegedy (2015) on real handwritten digits: the same sigmoid network with
-//! and without Batch Normalization, plus a small convolutional one for the NCHW kernels.
+//! and without Batch Normalization, plus a small convolutional one for the NCHW kernels; or, with `--norm`, ways to
+//! normalize side by side.
 
+#[cfg(feature = "whitening")]
+mod argument;
+mod compare;
 mod data;
 mod experiment;
 mod figure;
@@ -9,13 +13,16 @@ mod layers;
 mod network;
 #[path = "../plot/mod.rs"]
 mod plot;
+#[cfg(feature = "whitening")]
+mod whitened;
 
 use clap::Parser;
+use clap::builder::ArgPredicate;
 use data::Data;
 use experiment::{PERCENTILES, Point};
 use indicatif::{ProgressBar, ProgressStyle};
-use layers::BATCH;
-use network::Network;
+use layers::{BATCH, Bias, Norm};
+use network::{MakeNorm, Network};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use std::error;
@@ -44,8 +51,15 @@ struct Args {
     /// Seed of the split into training and test images, of the weights and of the batches
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Instead, train the sigmoid network once with each of these, one after the other, so that seconds compare
+    #[arg(long, value_enum, value_name = "NORM", value_delimiter = ',')]
+    norm: Vec<compare::Norm>,
+    /// How many channels are whitened together, with --norm
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..))]
+    group: u16,
     /// Where the picture goes
     #[arg(long, value_name = "FILE", default_value = "figure1.svg")]
+    #[arg(default_value_if("norm", ArgPredicate::IsPresent, "norms.svg"))]
     out: PathBuf,
     /// Few steps: shows that everything works, not what the paper claims
     #[arg(long)]
@@ -87,14 +101,16 @@ fn report(args: &Args) -> Result<()> {
     let picture = |e| format!("{}: {e}", args.out.display());
     File::options().create(true).append(true).open(&args.out).map_err(picture)?;
 
+    if !args.norm.is_empty() {
+        compare::report(args, &data, &mut io::stdout().lock())?;
+        eprintln!("{:.1} s", begin.elapsed().as_secs_f64());
+        return Ok(());
+    }
     let (sigmoids, convolutions) = train(args, &data)?;
     fs::write(&args.out, figure::draw(&sigmoids[0])?).map_err(picture)?;
 
     let out = &mut io::stdout().lock();
-    let (height, width) = (data.height, data.width);
-    let tested = data.test.len();
-    writeln!(out, "Data: {}, {height} x {width} pixels", data.name)?;
-    writeln!(out, "{count} images to train on, {tested} to test, batch {BATCH}, seed {}", args.seed)?;
+    introduce(out, args, &data)?;
 
     writeln!(out, "\nThree hidden layers of 100 sigmoids: test accuracy in percent,")?;
     writeln!(out, "without and with Batch Normalization (BN)\n")?;
@@ -111,6 +127,13 @@ fn report(args: &Args) -> Result<()> {
     // Apart from the rest, which is the same for the same seed.
     eprintln!("{:.1} s", begin.elapsed().as_secs_f64());
     Ok(())
+}
+
+fn introduce(out: &mut impl Write, args: &Args, data: &Data) -> io::Result<()> {
+    let (height, width) = (data.height, data.width);
+    let (count, tested) = (data.train.len(), data.test.len());
+    writeln!(out, "Data: {}, {height} x {width} pixels", data.name)?;
+    writeln!(out, "{count} images to train on, {tested} to test, batch {BATCH}, seed {}", args.seed)
 }
 
 /// The learning rate times a factor, short of the noise in the last digits of a double.
@@ -135,12 +158,12 @@ fn train(args: &Args, data: &Data) -> Result<(Vec<Pair>, Pair)> {
     };
     let sigmoids = |factor, norm| {
         let mut rng = rng();
-        let network = Network::sigmoids(image.iter().product(), norm, &mut rng)?;
+        let network = Network::sigmoids(image.iter().product(), make(norm), &mut rng)?;
         run(network, scaled(args.rate, factor), args.steps, rng)
     };
     let convolutions = |norm| {
         let mut rng = rng();
-        let network = Network::convolutions(image, norm, &mut rng)?;
+        let network = Network::convolutions(image, make(norm), &mut rng)?;
         run(network, scaled(args.rate, 1), few, rng)
     };
     let (sigmoids, convolutions) = thread::scope(|scope| {
@@ -150,6 +173,10 @@ fn train(args: &Args, data: &Data) -> Result<(Vec<Pair>, Pair)> {
     });
     bar.finish_and_clear();
     Ok((sigmoids.into_iter().collect::<Result<_>>()?, convolutions?))
+}
+
+fn make(norm: bool) -> MakeNorm<'static> {
+    if norm { &|dims| Ok(Box::new(Norm::new(dims)?)) } else { &|dims| Ok(Box::new(Bias::new(dims))) }
 }
 
 type Handle<'a> = thread::ScopedJoinHandle<'a, Result<Vec<Point>>>;

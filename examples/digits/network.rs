@@ -1,6 +1,6 @@
-//! The two networks, each with or without Batch Normalization, and one step of gradient descent.
+//! The two networks, each with or without a normalization, and one step of gradient descent.
 
-use crate::layers::{BATCH, Bias, Conv, Dense, Dims, Elementwise, Layer, Norm, Pool};
+use crate::layers::{BATCH, Bias, Conv, Dense, Dims, Elementwise, Layer, Pool};
 use batchnorm::Error;
 use rand::Rng;
 
@@ -9,6 +9,9 @@ pub const CLASSES: usize = 10;
 
 /// Units of each hidden layer of the paper's network.
 const HIDDEN: usize = 100;
+
+/// Makes what stands before each nonlinearity: a normalization, or a bias.
+pub type MakeNorm<'a> = &'a dyn Fn(Dims) -> Result<Box<dyn Layer>, Error>;
 
 pub struct Network {
     inputs: usize,
@@ -27,12 +30,12 @@ impl Network {
 
     /// Section 4.1 of the paper: three hidden layers of 100 sigmoids, small Gaussian weights.
     /// Watches the last sigmoids.
-    pub fn sigmoids(inputs: usize, norm: bool, rng: &mut impl Rng) -> Result<Self, Error> {
+    pub fn sigmoids(inputs: usize, norm: MakeNorm, rng: &mut impl Rng) -> Result<Self, Error> {
         let mut layers: Vec<Box<dyn Layer>> = Vec::new();
         let mut width = inputs;
         for _ in 0..3 {
             layers.push(Box::new(Dense::new(width, HIDDEN, 0.1, rng)));
-            layers.push(norm_or_bias(norm, [HIDDEN, 1, 1])?);
+            layers.push(norm([HIDDEN, 1, 1])?);
             layers.push(Box::new(Elementwise::sigmoid(HIDDEN)));
             width = HIDDEN;
         }
@@ -44,14 +47,14 @@ impl Network {
 
     /// Two rounds of convolution, normalization, ReLU and pooling, then a linear layer: the same
     /// kernels on NCHW maps. Watches the last ReLUs.
-    pub fn convolutions(image: Dims, norm: bool, rng: &mut impl Rng) -> Result<Self, Error> {
+    pub fn convolutions(image: Dims, norm: MakeNorm, rng: &mut impl Rng) -> Result<Self, Error> {
         let mut layers: Vec<Box<dyn Layer>> = Vec::new();
         let mut dims = image;
         for maps in [8, 16] {
             let conv = Conv::new(dims, maps, rng);
             dims[0] = maps;
             layers.push(Box::new(conv));
-            layers.push(norm_or_bias(norm, dims)?);
+            layers.push(norm(dims)?);
             layers.push(Box::new(Elementwise::relu(dims.iter().product())));
             let pool = Pool::new(dims);
             dims = pool.dims();
@@ -115,11 +118,8 @@ impl Network {
     }
 }
 
-fn norm_or_bias(norm: bool, dims: Dims) -> Result<Box<dyn Layer>, Error> {
-    Ok(if norm { Box::new(Norm::new(dims)?) } else { Box::new(Bias::new(dims)) })
-}
-
-fn softmax(scores: &mut [f32]) {
+/// Scores to probabilities.
+pub fn softmax(scores: &mut [f32]) {
     // The largest score leaves as exp(0), so no exponential overflows.
     let top = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     scores.iter_mut().for_each(|s| *s = (*s - top).exp());

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! where `W` is `S^(-1/2)`, or comes near it, see [`Method`]. A [`Whitening`] is a plan for tensors of one
-//! [`Shape`](crate::Shape) and element type, as [`BatchNorm`](crate::BatchNorm) is.
+//! [`Shape`] and element type, as [`BatchNorm`](crate::BatchNorm) is.
 //!
 //! ```
 //! use batchnorm::whitening::Whitening;
@@ -36,7 +36,7 @@
 //! - **Bits** do not depend on the number of threads. Products of matrices are left to a library that picks instructions
 //!   by the CPU, so that, other than in the rest of this crate, last bits may differ between CPUs.
 //! - **Errors** come before the first write, as everywhere.
-//! - **Memory**: calls allocate a few blocks of 256 KB per thread, and a matrix per group.
+//! - **Memory**: calls allocate a few blocks of 128 KB per thread, more for groups of more than 128 channels, and matrices of each group.
 
 mod matrix;
 mod panel;

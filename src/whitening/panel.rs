@@ -15,9 +15,10 @@ use crate::shape::{Layout, Shape};
 use crate::tensor::Disjoint;
 
 /// Values of a block: two or three of them share a second-level cache.
-const BLOCK: usize = 32 << 10;
-/// The fewest positions of a block, so that products of matrices have something to do.
-const POSITIONS: usize = 128;
+const BLOCK: usize = 16 << 10;
+/// The fewest positions of a block, so that products of matrices have something to do, and the most, beyond which those of
+/// few channels take longer.
+const POSITIONS: [usize; 2] = [128, 1024];
 /// Parts that a group's statistics are made of at most, and values of all of them together.
 const PARTS: usize = 64;
 const PART_VALUES: usize = 4 << 20;
@@ -52,7 +53,7 @@ impl Grid {
 
     /// Positions of a block.
     fn width(&self) -> usize {
-        (BLOCK / self.group).max(POSITIONS)
+        (BLOCK / self.group).clamp(POSITIONS[0], POSITIONS[1])
     }
 
     fn blocks(&self) -> usize {
