@@ -314,6 +314,9 @@ fn what_has_no_place_of_its_own_is_refused() {
     assert!(refused(&Array::<f32, _>::zeros((2, 2, 2, 2, 2, 2)), 1).contains("five"));
     // A reversed axis of one element is none.
     assert!(Arrays::new(&x.slice(s![..1;-1, .., .., ..]), &x.slice(s![..1, .., .., ..]), Axis(1)).is_ok());
+    let mut one = Array2::<f32>::zeros((3, 1));
+    one.invert_axis(Axis(1));
+    assert!(one.strides()[1] < 0 && Arrays::new(&one, &one, Axis(1)).is_ok());
 }
 
 /// Each array of each call, of other sizes and of other strides; and nothing is written.
