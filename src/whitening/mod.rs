@@ -36,6 +36,7 @@
 //! - **Bits** do not depend on the number of threads. Products of matrices are left to a library that picks instructions
 //!   by the CPU, so that, other than in the rest of this crate, last bits may differ between CPUs.
 //! - **Errors** come before the first write, as everywhere.
+//! - **Tensors** are dense; there are no views, masks, residuals or activations.
 //! - **Memory**: calls allocate a few blocks of 128 KB per thread, more for groups of more than 128 channels, and matrices of each group.
 
 mod matrix;
@@ -174,7 +175,8 @@ impl<E: Element> Whitening<E> {
     ///
     /// # Errors
     /// [`Error::Length`]; [`Error::EmptyBatch`]; [`Error::Singular`] where no inverse root exists and `eps` is 0, as with fewer
-    /// values than channels; [`Error::WhiteningAffine`] for a residual or an activation. Nothing is written then.
+    /// values than channels ([`Method::IterNorm`] does not take the root, and refuses a variance of 0 in all channels alone);
+    /// [`Error::WhiteningAffine`] for a residual or an activation. Nothing is written then.
     pub fn forward_train(&self, x: &[E], affine: Affine<'_, E>, y: &mut [E], saved: &mut Saved) -> Result<()> {
         self.check_len("x", x)?;
         self.check_len("y", y)?;

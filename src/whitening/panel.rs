@@ -282,24 +282,18 @@ fn sum(values: &[f64]) -> f64 {
 
 /// The runs of a block: where each begins in the tensor and in the panel, and its length.
 fn runs(shape: Shape, block: &Block) -> impl Iterator<Item = (usize, usize, usize)> {
-    let (channels, spatial) = (shape.channels(), shape.spatial());
-    let Block { channels: group, positions } = block;
-    let (group, positions, width) = (group.clone(), positions.clone(), positions.len());
-    let planes = match shape.layout() {
-        Layout::ChannelsFirst => positions.start / spatial..positions.end.div_ceil(spatial),
-        Layout::ChannelsLast => 0..0,
+    let (channels, first, group) = (shape.channels(), block.channels.start, block.channels.len());
+    let (start, end, width) = (block.positions.start, block.positions.end, block.positions.len());
+    // Where channels are last, each position is a plane of its own with a single row, of all the group's channels.
+    let (plane, rows, at_a_position) = match shape.layout() {
+        Layout::ChannelsFirst => (shape.spatial(), group, 1),
+        Layout::ChannelsLast => (1, 1, group),
     };
-    let rows = match shape.layout() {
-        Layout::ChannelsFirst => 0..0,
-        Layout::ChannelsLast => positions.clone(),
-    };
-    let len = group.len();
-    let (start, of_rows) = (positions.start, group.start);
-    let in_planes = planes.flat_map(move |n| {
-        let (from, to) = ((n * spatial).max(positions.start), ((n + 1) * spatial).min(positions.end));
-        group.clone().enumerate().map(move |(row, channel)| {
-            (n * channels * spatial + channel * spatial + (from - n * spatial), row * width + (from - start), to - from)
+    (start / plane..end.div_ceil(plane)).flat_map(move |n| {
+        let (from, to) = ((n * plane).max(start), ((n + 1) * plane).min(end));
+        (0..rows).map(move |row| {
+            let in_tensor = (n * channels + first + row) * plane + (from - n * plane);
+            (in_tensor, row * width + (from - start) * at_a_position, (to - from) * at_a_position)
         })
-    });
-    in_planes.chain(rows.map(move |p| (p * channels + of_rows, (p - start) * len, len)))
+    })
 }
