@@ -77,7 +77,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
         let all = whitening.with_group(channels)?;
         pairs.push(pair!("ZCA, one group", all.clone(), &x, &dy));
-        pairs.push(pair!("IterNorm, one group", all.with_method(NEWTON), &x, &dy));
+        pairs.push(pair!("IterNorm, one group", all.with_method(NEWTON)?, &x, &dy));
         for pass in ["forward", "backward"] {
             // In turns, so that what else runs on the machine slows all of them.
             let mut times = vec![Vec::new(); pairs.len()];

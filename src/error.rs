@@ -29,7 +29,9 @@ pub enum Error {
     #[error("expected at least one channel, got zero")]
     ZeroChannels,
     /// Batch statistics were asked of a batch without values.
-    #[error("training needs at least one value per channel, got zero (batch {batch}, spatial size {spatial})")]
+    #[error(
+        "training needs at least one value per channel, got zero (batch {batch}, spatial size {spatial}, less what a mask leaves out)"
+    )]
     EmptyBatch {
         /// The number of samples.
         batch: usize,
@@ -37,7 +39,7 @@ pub enum Error {
         spatial: usize,
     },
     /// A pass in place was asked to write its result elsewhere too.
-    #[error("dx is written over dy in place; expected gradients without a dx of their own")]
+    #[error("dx is written over dy in place; expected gradients without a dx of their own (`dx: None`)")]
     InPlace,
     /// `eps` is negative, infinite or NaN.
     #[error("eps must be finite and at least 0, got {got}")]
@@ -60,7 +62,9 @@ pub enum Error {
         got: f64,
     },
     /// The unbiased variance divides by `count - 1`.
-    #[error("the unbiased variance needs at least two values per channel, got {count}")]
+    #[error(
+        "the unbiased variance needs at least two values per channel, got {count}; leave such a batch out, or take Variance::Biased"
+    )]
     UnbiasedFromOne {
         /// Values per channel.
         count: u64,
@@ -82,7 +86,7 @@ pub enum Error {
     },
     /// Statistics of more or fewer values than the batch of a whole backward pass has.
     #[error(
-        "the saved statistics are of {got} values per channel, this batch has {expected}; for statistics shared between shards use gradient_sums and input_gradient"
+        "the saved statistics are of {got} values per channel, this batch has {expected}; for a smaller batch use the plan that its forward pass used, for statistics shared between shards gradient_sums and input_gradient"
     )]
     Shards {
         /// Values per channel of the shape.
@@ -114,7 +118,7 @@ pub enum Error {
     NotInvertible,
     /// The input cannot be rebuilt from an output that hardly depends on it.
     #[error(
-        "backward from the output divides by gamma, which is too close to zero in channel {channel}: {got}, beside a beta of {beta}"
+        "backward from the output divides by gamma, which is too close to zero in channel {channel}: {got}, beside a beta of {beta}; keep x for this layer instead"
     )]
     Gamma {
         /// The first channel at fault.
@@ -129,6 +133,24 @@ pub enum Error {
         "second derivatives are taken without the activation: mask dy and its gradient, and pass an affine part without it"
     )]
     SecondDerivative,
+    /// A sample that is longer than there is room.
+    #[error("the length of sample {sample} must be at most the spatial size, {spatial}, got {got}")]
+    SampleLength {
+        /// The first sample at fault.
+        sample: usize,
+        /// The spatial size of the shape.
+        spatial: usize,
+        /// The length that was given.
+        got: usize,
+    },
+    /// A layer to fold into with another number of channels on the side of Batch Normalization.
+    #[error("expected a layer that has {expected} channels on this side, as the plan has, got one with {got}")]
+    LayerChannels {
+        /// Channels of the plan.
+        expected: usize,
+        /// The outputs of a layer before it, the inputs of one after it.
+        got: usize,
+    },
     /// A view or a mask that does not fit.
     #[error("this view cannot be used: {reason}")]
     View {
@@ -183,7 +205,7 @@ pub enum Error {
     #[cfg(feature = "whitening")]
     #[cfg_attr(docsrs, doc(cfg(feature = "whitening")))]
     #[error(
-        "the covariance of channels {first} to {last} is singular: one of them follows from the others, or there are fewer values than channels; expected an eps above 0, smaller groups or a larger batch"
+        "the covariance of channels {first} to {last} is singular to working precision: one of them follows from the others, or there are fewer values than channels; expected an eps above 0, smaller groups or a larger batch"
     )]
     Singular {
         /// The first channel of the group.
@@ -194,8 +216,38 @@ pub enum Error {
     /// Statistics of other groups of channels.
     #[cfg(feature = "whitening")]
     #[cfg_attr(docsrs, doc(cfg(feature = "whitening")))]
-    #[error("expected statistics of the same groups of channels as the plan's")]
-    WhiteningGroups,
+    #[error(
+        "`{what}` must be of {} channels in groups of {}, got {} channels in groups of {}",
+        expected.0, expected.1, got.0, got.1
+    )]
+    WhiteningGroups {
+        /// The argument's name.
+        what: &'static str,
+        /// All channels, and those of a group.
+        expected: (usize, usize),
+        /// All channels, and those of a group, that were given.
+        got: (usize, usize),
+    },
+    /// A covariance that is not the same both ways.
+    #[cfg(feature = "whitening")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "whitening")))]
+    #[error("the covariance of channels {first} and {second} must be the same both ways, got {} and {}", got[0], got[1])]
+    Covariance {
+        /// The first pair of channels at fault.
+        first: usize,
+        /// The other channel of the pair.
+        second: usize,
+        /// Their covariance in the rows of either.
+        got: [f64; 2],
+    },
+    /// More steps of Newton's iteration than change anything.
+    #[cfg(feature = "whitening")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "whitening")))]
+    #[error("IterNorm takes at most {} steps, got {got}", crate::whitening::Method::MOST_STEPS)]
+    NewtonSteps {
+        /// The number that was given.
+        got: usize,
+    },
     /// Whitening with more than gamma and beta.
     #[cfg(feature = "whitening")]
     #[cfg_attr(docsrs, doc(cfg(feature = "whitening")))]

@@ -9,9 +9,9 @@ use crate::kernel::sums::{Columns, RowBlock, RunSums};
 use crate::kernel::{moments, normalize};
 use crate::moments::{MergeWeights, Saved, centre, reach};
 use crate::pass::{BATCH, Each, Reduction};
-use crate::renorm::Corrections;
 use crate::simd::Isa;
 use crate::tensor::Source;
+use crate::variants::renorm::Corrections;
 use crate::view::{Pack, Packs};
 
 /// The statistics that channels are normalized with.

@@ -46,13 +46,16 @@
 //!
 //! - **Bits.** Results depend on the shape, the layout and the values, never on the SIMD tier, the CPU, the number of
 //!   threads or the alignment. They are those of [`reference`](mod@reference). Channels first and channels last add in different
-//!   orders, so the two may differ in the last bits. Of a NaN only that it is one is promised.
+//!   orders, so the two may differ in the last bits. Which NaN a NaN is, is left open.
 //! - **Accuracy.** For f32 and `|mean|` up to 1e6 standard deviations, against exact results: variance within 1e-6
-//!   relative, mean within 1e-7 standard deviations, normalized values within `3e-7 * max(1, |xhat|)`. For f64 1e-13,
+//!   relative, mean ([`Saved::mean`] with [`Saved::residue`]) within 1e-7 standard deviations, normalized values within `3e-7 * max(1, |xhat|)`. For f64 1e-13,
 //!   1e-13 and 3e-13. bf16 and f16 are computed as f32 and rounded once. Values up to the largest finite f32 do
 //!   not overflow. A constant channel gives exactly beta.
-//! - **Errors.** Every bad argument gives an [`Error`], and then no output was touched. Nothing panics.
+//! - **Errors.** Every bad argument gives an [`Error`], and then no output was touched. Nothing panics, but for
+//!   [`reference`](mod@reference), which expects slices of the right lengths.
 //! - **Memory.** A plan keeps its scratch; calls after the first allocate nothing.
+//!
+//! `whitening` computes in f64 with matrices, and makes promises of its own.
 //!
 //! # Features
 //!
@@ -69,12 +72,11 @@ mod affine;
 #[cfg(feature = "ndarray")]
 mod arrays;
 mod backward;
+mod deployment;
 mod element;
 mod error;
-mod fold;
 mod forward;
 mod gates;
-mod ghost;
 mod grid;
 mod halves;
 mod kernel;
@@ -82,15 +84,13 @@ mod moments;
 mod operation;
 mod pass;
 mod plan;
-mod quantized;
 pub mod reference;
-mod renorm;
 mod running;
 mod scratch;
-mod second;
 mod shape;
 mod simd;
 mod tensor;
+mod variants;
 mod view;
 #[cfg(feature = "whitening")]
 #[cfg_attr(docsrs, doc(cfg(feature = "whitening")))]
@@ -100,19 +100,19 @@ pub use activation::Activation;
 pub use affine::{Affine, Gradients};
 #[cfg(feature = "ndarray")]
 pub use arrays::{ArrayGradients, Arrays};
+pub use deployment::fold::Layer;
+pub use deployment::quantized::Quantization;
 pub use element::{Element, Real};
 pub use error::{Error, Result};
-pub use fold::Layer;
-pub use ghost::Ghost;
 pub use grid::Parallelism;
 pub use moments::{GradientSums, Moments, Saved};
 pub use plan::{BatchNorm, Stores};
-pub use quantized::Quantization;
-pub use renorm::RenormLimits;
 pub use running::{Momentum, Population, Running, Variance};
-pub use second::{Cotangents, SecondGradients};
 pub use shape::{Layout, Shape};
 pub use simd::Tier;
+pub use variants::double_backward::{Cotangents, SecondGradients};
+pub use variants::ghost::Ghost;
+pub use variants::renorm::RenormLimits;
 pub use view::View;
 
 /// The pages whose Rust blocks are compiled and run.

@@ -6,9 +6,9 @@ use crate::element::Real;
 use crate::error::{Error, Result};
 use crate::forward::Statistics;
 use crate::pass::{BATCH, Each};
-use crate::renorm::{Renorm, RenormLimits, RenormTo};
 use crate::running::Population;
 use crate::tensor::Disjoint;
+use crate::variants::renorm::{Renorm, RenormLimits, RenormTo};
 
 /// Count, mean and sum of squared deviations of the values of one channel.
 ///

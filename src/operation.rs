@@ -17,8 +17,8 @@ use crate::moments::{AffineGradientsTo, GradientSums, Keep, MomentsTo, Recorder,
 use crate::pass::{BATCH, Context};
 use crate::running::Population;
 use crate::scratch::{Need, Scratch};
-use crate::second::Twice;
 use crate::tensor::{Side, Source};
+use crate::variants::double_backward::Twice;
 
 /// Whose statistics a tensor is normalized with.
 pub(crate) enum Origin<'a, P> {

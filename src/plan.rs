@@ -182,14 +182,14 @@ impl<E: Element> BatchNorm<E> {
     /// own.
     ///
     /// # Errors
-    /// [`Error::Length`] for other than `N` lengths; [`Error::View`] for one above the spatial size, and for a plan that has views
-    /// or a mask.
+    /// [`Error::Length`] for other than `N` lengths; [`Error::SampleLength`] for one above the spatial size; [`Error::View`] for a plan
+    /// that has views or a mask.
     pub fn with_lengths(&self, lengths: &[usize]) -> Result<Self> {
         self.check_dense()?;
         let spatial = self.shape.spatial();
         check_len("lengths", self.shape.batch(), lengths.len())?;
-        if lengths.iter().any(|&length| length > spatial) {
-            return Err(Error::View { reason: "expected lengths up to the spatial size" });
+        if let Some(sample) = lengths.iter().position(|&length| length > spatial) {
+            return Err(Error::SampleLength { sample, spatial, got: lengths[sample] });
         }
         let valid = lengths.iter().flat_map(|&length| (0..spatial).map(move |position| position < length));
         Ok(self.clone().viewing(Views::masked(&self.shape, valid)?))
@@ -219,7 +219,9 @@ impl<E: Element> BatchNorm<E> {
     pub(crate) fn check_dense(&self) -> Result<()> {
         match self.views {
             None => Ok(()),
-            Some(_) => Err(Error::View { reason: "expected a plan for dense tensors" }),
+            Some(_) => {
+                Err(Error::View { reason: "expected a plan for dense tensors, this one has views, lengths or a mask" })
+            }
         }
     }
 

@@ -22,14 +22,14 @@
 
 use crate::activation::Activation;
 use crate::affine::Affine;
+use crate::deployment::quantized::Quantization;
 use crate::element::{Element, Real};
 use crate::grid::{Geometry, Planar, Rows, Runs};
 use crate::moments::{GradientSums, Moments, Saved, inv_std, two_sum};
-use crate::quantized::Quantization;
-use crate::renorm::{Renorm, RenormLimits};
 use crate::running::Population;
-use crate::second::Cotangents;
 use crate::shape::Shape;
+use crate::variants::double_backward::Cotangents;
+use crate::variants::renorm::{Renorm, RenormLimits};
 
 /// Lanes of a logical vector: 16 of f32, 8 of f64.
 pub const fn lanes<P: Real>() -> usize {

@@ -207,7 +207,7 @@ fn what_does_not_fit_is_refused_and_left_alone() {
     assert_eq!(bn.fold_into_preceding(layer, &mut weight, &mut bias[1..], affine, population), length("bias", 4, 3));
     assert_eq!(
         bn.fold_into_following(layer, &mut weight, &mut bias, affine, population),
-        length("channels of the layer", 4, 6)
+        Err(Error::LayerChannels { expected: 4, got: 6 })
     );
     let short = Population { mean: &case.mean[1..], ..population };
     assert_eq!(bn.fold_into_preceding(layer, &mut weight, &mut bias, affine, short), length("mean", 4, 3));

@@ -155,8 +155,8 @@ fn rounds<E: Element>() {
         let x = correlated::<E>(&shape, 4);
         let dy: Vec<E> = Data::Normal.fill(shape.len(), 5);
         for method in METHODS {
-            let narrow = Whitening::<E>::new(shape).unwrap().with_group(group).unwrap().with_method(method);
-            let exact = Whitening::<f64>::new(shape).unwrap().with_group(group).unwrap().with_method(method);
+            let narrow = Whitening::<E>::new(shape).unwrap().with_group(group).unwrap().with_method(method).unwrap();
+            let exact = Whitening::<f64>::new(shape).unwrap().with_group(group).unwrap().with_method(method).unwrap();
             let got = forward(&narrow, &x, Affine::none());
             let expected = forward(&exact, &wide(&x), Affine::none());
             let rounded = |v: &f64| E::from_param(E::Param::from_f64(*v));
@@ -181,15 +181,16 @@ fn narrow_elements_are_rounded_once_all_is_done() {
 #[test]
 fn threads_do_not_change_a_bit() {
     for (shape, group) in shapes() {
-        let x = correlated::<f32>(&shape, 6);
-        let dy: Vec<f32> = Data::Normal.fill(shape.len(), 7);
+        // Not f32, whose rounding would hide what differs.
+        let x = correlated::<f64>(&shape, 6);
+        let dy: Vec<f64> = Data::Normal.fill(shape.len(), 7);
         for method in METHODS {
             let run = |parallelism| {
-                let plan = Whitening::<f32>::new(shape).unwrap().with_group(group).unwrap();
-                let plan = plan.with_method(method).with_parallelism(parallelism);
+                let plan = Whitening::<f64>::new(shape).unwrap().with_group(group).unwrap();
+                let plan = plan.with_method(method).unwrap().with_parallelism(parallelism);
                 let Forward { y, saved } = forward(&plan, &x, Affine::none());
                 let Backward { dx, dgamma, dbeta } = backward(&plan, &x, &dy, &saved, Affine::none());
-                [y, dx, dgamma, dbeta].concat()
+                [saved.mean(), saved.covariances().concat(), saved.matrices().concat(), y, dx, dgamma, dbeta].concat()
             };
             let alone = run(Parallelism::Sequential);
             for threads in [2, 3, 16] {
@@ -207,7 +208,7 @@ fn iternorm_tends_to_zca() {
     let plan = Whitening::<f64>::new(shape).unwrap();
     let exact = forward(&plan, &x, Affine::none()).y;
     let distance = |steps| {
-        let near = forward(&plan.clone().with_method(Method::IterNorm { steps }), &x, Affine::none()).y;
+        let near = forward(&plan.clone().with_method(Method::IterNorm { steps }).unwrap(), &x, Affine::none()).y;
         near.iter().zip(&exact).fold(0.0, |most: f64, (near, exact)| most.max((near - exact).abs()))
     };
     let distances = [0, 3, 5, 7, 8].map(distance);
@@ -256,7 +257,11 @@ fn gradients_are_those_of_finite_differences() {
     for (shape, group) in shapes.into_iter().map(Result::unwrap).zip([3, 64, 4, 1]) {
         for method in METHODS.into_iter().chain([Method::IterNorm { steps: 0 }, Method::IterNorm { steps: 40 }]) {
             let plan = Whitening::new(shape).unwrap().with_group(group).unwrap().with_eps(0.1).unwrap();
-            check_gradients(&plan.with_method(method), &correlated(&shape, 10), &format!("{shape:?} {method:?}"));
+            check_gradients(
+                &plan.with_method(method).unwrap(),
+                &correlated(&shape, 10),
+                &format!("{shape:?} {method:?}"),
+            );
         }
     }
 }
@@ -268,7 +273,8 @@ fn gradients_do_not_mind_equal_eigenvalues() {
     let x: Vec<f64> =
         (0..8).flat_map(|i| (0..4).map(move |channel| if channel == 3 { 2.0 } else { signs(i, channel) })).collect();
     for method in METHODS {
-        let plan = Whitening::new(Shape::nc(8, 4).unwrap()).unwrap().with_eps(0.5).unwrap().with_method(method);
+        let plan =
+            Whitening::new(Shape::nc(8, 4).unwrap()).unwrap().with_eps(0.5).unwrap().with_method(method).unwrap();
         check_gradients(&plan, &x, &format!("{method:?}"));
     }
 }
@@ -287,7 +293,7 @@ fn groups_of_one_are_batch_normalization() {
         bn.backward(&x, &dy, &saved, affine, gradients).unwrap();
         // Of one channel no step of Newton's changes anything: the trace is the variance.
         for method in METHODS {
-            let plan = Whitening::<f64>::new(shape).unwrap().with_group(1).unwrap().with_method(method);
+            let plan = Whitening::<f64>::new(shape).unwrap().with_group(1).unwrap().with_method(method).unwrap();
             let got = forward(&plan, &x, affine);
             let gradients = backward(&plan, &x, &dy, &got.saved, affine);
             for (what, got, expected) in
@@ -313,7 +319,7 @@ fn last<E: Element>(plan: &Whitening<E>, saved: &Saved) -> Running {
 fn inference_with_the_statistics_of_the_batch_is_training() {
     for (shape, group) in shapes() {
         for method in METHODS {
-            let plan = Whitening::<f32>::new(shape).unwrap().with_group(group).unwrap().with_method(method);
+            let plan = Whitening::<f32>::new(shape).unwrap().with_group(group).unwrap().with_method(method).unwrap();
             let x = correlated::<f32>(&shape, 13);
             let params: Vec<f32> = (0..shape.channels()).map(|c| 1.0 + 0.01 * c as f32).collect();
             let affine = Affine::new(&params, &params);
@@ -322,8 +328,46 @@ fn inference_with_the_statistics_of_the_batch_is_training() {
             let mut y = vec![0f32; x.len()];
             plan.forward_infer(&x, &projection, &mut y).unwrap();
             assert_bits(&format!("{shape:?} {method:?}"), &y, &trained.y);
+            let mut x = x;
+            plan.forward_infer_in_place(&mut x, &projection).unwrap();
+            assert_bits(&format!("{shape:?} {method:?} in place"), &x, &trained.y);
         }
     }
+}
+
+#[test]
+fn a_projection_is_a_matrix_and_an_offset() {
+    let shape = Shape::nc(40, 6).unwrap();
+    let plan = Whitening::<f64>::new(shape).unwrap().with_group(4).unwrap();
+    let x = correlated::<f64>(&shape, 20);
+    let params: Vec<f64> = (0..6).map(|c| 1.0 + 0.1 * c as f64).collect();
+    let affine = Affine::new(&params, &params);
+    let Forward { y, saved } = forward(&plan, &x, affine);
+    let projection = plan.projection(&last(&plan, &saved), affine).unwrap();
+    let (matrices, offsets) = (projection.matrices(), projection.offsets());
+    for (n, row) in x.chunks(6).enumerate() {
+        for (channels, matrix) in plan.groups().zip(&matrices) {
+            for (row_of_matrix, c) in matrix.chunks(channels.len()).zip(channels.clone()) {
+                let product: f64 = row_of_matrix.iter().zip(&row[channels.clone()]).map(|(a, x)| a * x).sum();
+                let (got, expected) = (product + offsets[c], y[n * 6 + c]);
+                assert!((got - expected).abs() < 1e-12, "{n} {c}: {got} {expected}");
+            }
+        }
+    }
+}
+
+#[test]
+fn variances_below_the_rounding_of_others_are_not_enlarged() {
+    // Uncorrelated, of variances 1e20 and 1: beside the first, the second may as well be 0.
+    let x = [1e10, 1.0, -1e10, 1.0, 1e10, -1.0, -1e10, -1.0];
+    let plan = Whitening::<f64>::new(Shape::nc(4, 2).unwrap()).unwrap();
+    for (i, y) in forward(&plan, &x, Affine::none()).y.iter().enumerate() {
+        let most = if i % 2 == 0 { 1.0 + 1e-12 } else { 1.0 };
+        assert!(y.abs() <= most, "{i}: {y}");
+    }
+    // By itself it is as good as any.
+    let alone = forward(&plan.with_group(1).unwrap(), &x, Affine::none()).y;
+    assert!(alone.iter().all(|y| (y.abs() - 1.0).abs() < 1e-5), "{alone:?}");
 }
 
 #[test]
@@ -345,9 +389,23 @@ fn running_statistics_move_as_they_are_told() {
     assert_eq!(other, running);
     assert_eq!(other.restore(&[0.0], &[vec![0.0; 4]], 1), Err(length("mean", 2, 1)));
     assert_eq!(other.restore(&[0.0; 2], &[vec![0.0; 3]], 1), Err(length("covariance", 4, 3)));
+    let got = other.restore(&[0.0; 2], &[vec![1.0, 0.5, 0.0, 1.0]], 1);
+    assert_eq!(got, Err(Error::Covariance { first: 0, second: 1, got: [0.5, 0.0] }));
+    assert_eq!(
+        other.restore(&[0.0; 2], &[vec![1.0, 0.5, 0.5, -1.0]], 1),
+        Err(Error::Variance { channel: 1, got: -1.0 })
+    );
+    assert_eq!(other, running);
     assert_eq!(running.update(&plan.saved()), Err(Error::MissingStatistics));
-    let pairs = plan.with_group(1).unwrap();
-    assert_eq!(running.update(&forward(&pairs, &x, Affine::none()).saved), Err(length("saved", 1, 2)));
+    let pairs = plan.clone().with_group(1).unwrap();
+    let of_pairs = forward(&pairs, &x, Affine::none()).saved;
+    let refused = Error::WhiteningGroups { what: "saved", expected: (2, 2), got: (2, 1) };
+    assert_eq!(refused.to_string(), "`saved` must be of 2 channels in groups of 2, got 2 channels in groups of 1");
+    assert_eq!(running.update(&of_pairs), Err(refused));
+    // A batch with a NaN makes running variances that inference refuses.
+    let nan = forward(&plan, &[f64::NAN; 8], Affine::none()).saved;
+    running.update(&nan).unwrap();
+    assert!(matches!(plan.projection(&running, Affine::none()), Err(Error::Variance { channel: 0, .. })));
 }
 
 #[test]
@@ -376,7 +434,7 @@ fn the_layer_after_it_takes_inference_in() {
     let mut refused = |layer: Layer| projection.fold_into_following(layer, &mut folded, &mut bias).unwrap_err();
     assert_eq!(refused(Layer::transposed(6, outputs, taps)), Error::NotFoldable);
     assert_eq!(refused(layer.with_groups(3).unwrap()), Error::NotFoldable);
-    assert_eq!(refused(Layer::convolution(outputs, 5, taps)), length("channels of the layer", 6, 5));
+    assert_eq!(refused(Layer::convolution(outputs, 5, taps)), Error::LayerChannels { expected: 6, got: 5 });
 }
 
 #[test]
@@ -387,19 +445,19 @@ fn singular_covariances_are_refused_or_carried_by_eps() {
     let constant = (Shape::nc(3, 2).unwrap(), vec![7.0, 1.0, 7.0, 2.0, 7.0, 4.0]);
     for (shape, x) in [few, twice, constant] {
         let plan = Whitening::<f64>::new(shape).unwrap();
-        let mut y = vec![3.0; x.len()];
-        let got = plan.clone().with_eps(0.0).unwrap().forward_train(&x, Affine::none(), &mut y, &mut plan.saved());
+        let (mut y, mut saved) = (vec![3.0; x.len()], plan.saved());
+        let got = plan.clone().with_eps(0.0).unwrap().forward_train(&x, Affine::none(), &mut y, &mut saved);
         assert_eq!(got, Err(Error::Singular { first: 0, last: shape.channels() - 1 }));
-        assert!(y.iter().all(|&y| y == 3.0));
+        assert!(saved.count() == 0 && y.iter().all(|&y| y == 3.0));
         for method in METHODS {
-            let plan = plan.clone().with_method(method);
+            let plan = plan.clone().with_method(method).unwrap();
             let Forward { y, saved } = forward(&plan, &x, Affine::none());
             let dx = backward(&plan, &x, &x, &saved, Affine::none()).dx;
             assert!(y.iter().chain(&dx).all(|value| value.is_finite()), "{shape:?} {method:?}");
         }
     }
     let plan = Whitening::<f64>::new(Shape::nc(3, 1).unwrap()).unwrap().with_eps(0.0).unwrap();
-    let plan = plan.with_method(Method::IterNorm { steps: 5 });
+    let plan = plan.with_method(Method::IterNorm { steps: 5 }).unwrap();
     let got = plan.forward_train(&[2.0; 3], Affine::none(), &mut [0.0; 3], &mut plan.saved());
     assert_eq!(got, Err(Error::Singular { first: 0, last: 0 }));
 }
@@ -407,11 +465,24 @@ fn singular_covariances_are_refused_or_carried_by_eps() {
 #[test]
 fn constants_and_single_values_give_beta() {
     for (n, method) in [(1, METHODS[0]), (1, METHODS[1]), (5, METHODS[0]), (5, METHODS[1])] {
-        let plan = Whitening::<f32>::new(Shape::nc(n, 3).unwrap()).unwrap().with_method(method);
+        let plan = Whitening::<f32>::new(Shape::nc(n, 3).unwrap()).unwrap().with_method(method).unwrap();
         let x = [3.0f32, -15.94, 1e30].repeat(n);
         let Forward { y, saved } = forward(&plan, &x, Affine::of(None, Some(&[1.0, 2.0, 3.0])));
         assert_eq!(y, [1.0, 2.0, 3.0].repeat(n));
         assert_eq!(backward(&plan, &x, &x, &saved, Affine::none()).dx, [0.0; 3].repeat(n));
+    }
+}
+
+#[test]
+fn the_smallest_eps_carries_constants() {
+    let shape = Shape::nc(5, 3).unwrap();
+    let x = [3.0, -15.94, 1e30].repeat(5);
+    let dy: Vec<f64> = Data::Normal.fill(15, 21);
+    for method in METHODS {
+        let plan = Whitening::<f64>::new(shape).unwrap().with_eps(1e-300).unwrap().with_method(method).unwrap();
+        let Forward { y, saved } = forward(&plan, &x, Affine::none());
+        let dx = backward(&plan, &x, &dy, &saved, Affine::none()).dx;
+        assert!(y == [0.0; 15] && dx.iter().all(|dx| dx.is_finite()), "{method:?}: {y:?} {dx:?}");
     }
 }
 
@@ -423,7 +494,7 @@ fn a_nan_stays_in_its_group() {
         let mut x = clean.clone();
         x[0] = bad;
         for method in METHODS {
-            let plan = Whitening::<f32>::new(shape).unwrap().with_group(2).unwrap().with_method(method);
+            let plan = Whitening::<f32>::new(shape).unwrap().with_group(2).unwrap().with_method(method).unwrap();
             let [got, expected] = [&x, &clean].map(|x| forward(&plan, x, Affine::none()));
             let dx = backward(&plan, &x, &clean, &got.saved, Affine::none()).dx;
             for (i, (got, expected)) in got.y.iter().zip(&expected.y).enumerate() {
@@ -449,7 +520,7 @@ proptest! {
         seed: u64,
     ) {
         let method = steps.map_or(Method::Zca, |steps| Method::IterNorm { steps });
-        let plan = Whitening::<f32>::new(shape).unwrap().with_group(group).unwrap().with_method(method);
+        let plan = Whitening::<f32>::new(shape).unwrap().with_group(group).unwrap().with_method(method).unwrap();
         let plan = plan.with_eps(eps).unwrap();
         let x: Vec<f32> = data.fill(shape.len(), seed);
         let (mut y, mut saved) = (vec![7f32; x.len()], plan.saved());
@@ -457,6 +528,9 @@ proptest! {
             Ok(()) => {
                 let dx = backward(&plan, &x, &x, &saved, Affine::none()).dx;
                 prop_assert!(y.iter().chain(&dx).all(|&value| value != 7.0));
+                if saved.matrices().concat().iter().all(|value| value.is_finite()) {
+                    prop_assert!(y.iter().all(|value| value.is_finite()));
+                }
             }
             Err(Error::Singular { .. } | Error::EmptyBatch { .. }) => prop_assert!(y.iter().all(|&y| y == 7.0)),
             Err(error) => prop_assert!(false, "{error}"),
@@ -477,23 +551,55 @@ fn bad_arguments_are_refused_and_touch_nothing() {
     assert_eq!(plan.forward_train(&x, none, &mut y[1..], &mut room), Err(length("y", 8, 7)));
     assert_eq!(plan.forward_train(&x, Affine::scale(&[1.0]), &mut y, &mut room), Err(length("gamma", 2, 1)));
     assert_eq!(plan.forward_train(&x, none.with_residual(&x), &mut y, &mut room), Err(Error::WhiteningAffine));
-    let gradients = || Gradients { dx: None, ..Default::default() };
-    assert_eq!(plan.backward(&x, &x, &plan.saved(), none, gradients()), Err(Error::MissingStatistics));
-    assert_eq!(plan.backward(&x, &x[1..], &saved, none, gradients()), Err(length("dy", 8, 7)));
-    let wanted = Gradients { dresidual: Some(&mut y), ..Default::default() };
-    assert_eq!(plan.backward(&x, &x, &saved, none, wanted), Err(Error::WhiteningAffine));
+    let refused = |plan: &Whitening<f32>, x: &[f32], dy: &[f32], saved: &Saved, affine| {
+        let (mut dx, mut dgamma, mut dbeta) = (vec![9f32; plan.shape().len()], [9f32; 2], [9f32; 2]);
+        let of = (Some(&mut dx[..]), Some(&mut dgamma[..]), Some(&mut dbeta[..]));
+        let gradients = Gradients { dx: of.0, dgamma: of.1, dbeta: of.2, ..Default::default() };
+        let error = plan.backward(x, dy, saved, affine, gradients).unwrap_err();
+        assert!(dx.iter().chain(&dgamma).chain(&dbeta).all(|&value| value == 9.0), "{error}");
+        error
+    };
+    assert_eq!(refused(&plan, &x[1..], &x, &saved, none), length("x", 8, 7));
+    assert_eq!(refused(&plan, &x, &x[1..], &saved, none), length("dy", 8, 7));
+    assert_eq!(refused(&plan, &x, &x, &plan.saved(), none), Error::MissingStatistics);
+    assert_eq!(refused(&plan, &x, &x, &saved, none.with_residual(&x)), Error::WhiteningAffine);
+    let of_one = forward(&plan.clone().with_group(1).unwrap(), &x, none).saved;
+    let other = Error::WhiteningGroups { what: "saved", expected: (2, 2), got: (2, 1) };
+    assert_eq!(refused(&plan, &x, &x, &of_one, none), other);
     let larger = plan.with_shape(Shape::nc(5, 2).unwrap()).unwrap();
     let more = correlated::<f32>(larger.shape(), 19);
-    let got = larger.backward(&more, &more, &saved, none, gradients());
-    assert_eq!(got, Err(Error::Shards { expected: 5, got: 4 }));
+    assert_eq!(refused(&larger, &more, &more, &saved, none), Error::Shards { expected: 5, got: 4 });
+    for short in 0..3 {
+        let (mut dx, mut dgamma, mut dbeta) = ([9f32; 8], [9f32; 2], [9f32; 2]);
+        let from = |i| usize::from(i == short);
+        let of = (Some(&mut dx[from(0)..]), Some(&mut dgamma[from(1)..]), Some(&mut dbeta[from(2)..]));
+        let gradients = Gradients { dx: of.0, dgamma: of.1, dbeta: of.2, ..Default::default() };
+        let got = plan.backward(&x, &x, &saved, none, gradients);
+        assert_eq!(got, Err([length("dx", 8, 7), length("dgamma", 2, 1), length("dbeta", 2, 1)][short].clone()));
+        assert!(dx.iter().chain(&dgamma).chain(&dbeta).all(|&value| value == 9.0));
+    }
+    let wanted = Gradients { dresidual: Some(&mut y), ..Default::default() };
+    assert_eq!(plan.backward(&x, &x, &saved, none, wanted), Err(Error::WhiteningAffine));
     let wider = plan.with_shape(Shape::nc(4, 3).unwrap()).unwrap();
     let projection = plan.projection(&last(&plan, &saved), none).unwrap();
-    assert_eq!(wider.forward_infer(&[0.0; 12], &projection, &mut [0.0; 12]), Err(Error::WhiteningGroups));
+    let other = Error::WhiteningGroups { what: "projection", expected: (3, 3), got: (2, 2) };
+    assert_eq!(wider.forward_infer(&[0.0; 12], &projection, &mut [0.0; 12]), Err(other.clone()));
+    assert_eq!(wider.forward_infer_in_place(&mut [0.0; 12], &projection), Err(other));
+    assert_eq!(plan.forward_infer(&x[1..], &projection, &mut y), Err(length("x", 8, 7)));
+    assert_eq!(plan.forward_infer(&x, &projection, &mut y[1..]), Err(length("y", 8, 7)));
+    assert_eq!(plan.forward_infer_in_place(&mut y[1..], &projection), Err(length("x", 8, 7)));
     let empty = plan.with_shape(Shape::nc(0, 2).unwrap()).unwrap();
     let got = empty.forward_train(&[], none, &mut [], &mut room);
     assert_eq!(got, Err(Error::EmptyBatch { batch: 0, spatial: 1 }));
     assert_eq!(empty.forward_infer(&[], &projection, &mut []), Ok(()));
     assert_eq!(plan.clone().with_group(0).unwrap_err(), Error::ZeroChannels);
+    let many = Shape::nc(0, 1 << (usize::BITS / 2)).unwrap();
+    let all = plan.with_shape(many).unwrap().with_group(usize::MAX).unwrap_err();
+    assert_eq!(all, Error::ShapeOverflow { dims: vec![many.channels(); 2] });
+    let too_many = Method::IterNorm { steps: Method::MOST_STEPS + 1 };
+    assert_eq!(plan.clone().with_method(too_many).unwrap_err(), Error::NewtonSteps { got: 101 });
+    let none_of_all = Layer::convolution(0, 2, usize::MAX);
+    assert_eq!(projection.fold_into_following::<f32>(none_of_all, &mut [], &mut []), Ok(()));
     assert_eq!(plan.clone().with_eps(-1.0).unwrap_err(), Error::Eps { got: -1.0 });
     assert_eq!((room.count(), &y[..]), (0, &[9f32; 8][..]));
 }

@@ -97,9 +97,13 @@ fn report(args: &Args) -> Result<()> {
     if count < BATCH {
         return Err(format!("{count} training images do not fill a batch of {BATCH}").into());
     }
-    // Tried before the work, so that a wrong path costs no time, and without emptying the file.
+    // Tried before the work, so that a wrong path costs no time, without emptying the file or leaving an empty one.
     let picture = |e| format!("{}: {e}", args.out.display());
+    let existed = args.out.exists();
     File::options().create(true).append(true).open(&args.out).map_err(picture)?;
+    if !existed {
+        fs::remove_file(&args.out).map_err(picture)?;
+    }
 
     if !args.norm.is_empty() {
         compare::report(args, &data, &mut io::stdout().lock())?;

@@ -23,7 +23,7 @@ impl Whitened {
     /// Of groups of so many channels.
     pub fn new(dims: Dims, method: Method, group: usize) -> Result<Self, Error> {
         let channels = dims[0];
-        let batch = Whitening::new(shape(dims, BATCH)?)?.with_method(method).with_group(group)?.with_eps(EPS)?;
+        let batch = Whitening::new(shape(dims, BATCH)?)?.with_method(method)?.with_group(group)?.with_eps(EPS)?;
         let batch = batch.with_parallelism(Parallelism::Sequential);
         Ok(Whitened {
             dims,

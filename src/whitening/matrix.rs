@@ -26,9 +26,22 @@ pub enum Method {
     /// `Y_k = P_k S/t`, `Z_(k+1) = 1.5 Z - 0.5 Z Y Z` and `Y_(k+1) = 1.5 Y - 0.5 Y Z Y`, which does not (Higham, "Functions of
     /// Matrices", 2008, chapter 6).
     IterNorm {
-        /// The number of steps, T.
+        /// The number of steps, T, at most [`Method::MOST_STEPS`].
         steps: usize,
     },
+}
+
+impl Method {
+    /// The most steps of [`Method::IterNorm`]. A direction with a share `r` of the variance takes about `-log(r) / log(2.25)` of
+    /// them, so that after 50 none is left whose share is more than a rounding error.
+    pub const MOST_STEPS: usize = 100;
+
+    pub(super) fn check(self) -> Result<()> {
+        match self {
+            Self::IterNorm { steps } if steps > Self::MOST_STEPS => Err(Error::NewtonSteps { got: steps }),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// `to += alpha * a b`, on the calling thread.
@@ -116,20 +129,22 @@ impl Root {
     /// The inverse root of a covariance to whose diagonal `eps` is added, of a group that `channels` names.
     pub(super) fn new(method: Method, covariance: &Mat<f64>, eps: f64, channels: &Range<usize>) -> Result<Self> {
         let n = covariance.nrows();
-        let is_finite = covariance.col_iter().all(|column| column.iter().all(|value| value.is_finite()));
         let singular = || Error::Singular { first: channels.start, last: channels.end - 1 };
         let s = Mat::from_fn(n, n, |i, j| covariance[(i, j)] + if i == j { eps } else { 0.0 });
+        let trace: f64 = (0..n).map(|i| s[(i, i)]).sum();
+        // No element is larger than the trace, unless there are NaNs.
+        let is_finite = trace.is_finite() && s.col_iter().all(|column| column.iter().all(|value| value.is_finite()));
         match method {
             Method::Zca => {
                 let (mut vectors, mut values) = (Mat::full(n, n, f64::NAN), vec![f64::NAN; n]);
                 // Eigenvalues of a matrix with NaN are not to be found.
                 if is_finite && decompose(&s, &mut values, &mut vectors) {
-                    let most = values[n - 1];
-                    if eps == 0.0 && values[0] <= n as f64 * f64::EPSILON * most {
+                    // What rounding leaves of a variance of 0 beside the largest.
+                    let noise = n as f64 * f64::EPSILON * values[n - 1];
+                    if eps == 0.0 && values[0] <= noise {
                         return Err(singular());
                     }
-                    // Where eps is small beside the others, rounding may leave less than it.
-                    values.iter_mut().for_each(|value| *value = value.max(eps));
+                    values.iter_mut().for_each(|value| *value = value.max(eps).max(noise));
                 }
                 let roots: Vec<f64> = values.iter().map(|value| value.sqrt()).collect();
                 let scaled = Mat::from_fn(n, n, |i, j| vectors[(i, j)] / roots[j]);
@@ -137,10 +152,11 @@ impl Root {
                 Ok(Self { matrix, kept: Kept::Zca { vectors, roots } })
             }
             Method::IterNorm { steps } => {
-                let trace: f64 = (0..n).map(|i| s[(i, i)]).sum();
                 if trace == 0.0 {
                     return Err(singular());
                 }
+                // Divided by infinity a matrix would look like one of zeros.
+                let trace = if is_finite { trace } else { f64::NAN };
                 let scaled = Mat::from_fn(n, n, |i, j| s[(i, j)] / trace);
                 let mut all = vec![Step { y: scaled, z: Mat::identity(n, n) }];
                 for k in 0..steps {
@@ -158,8 +174,9 @@ impl Root {
         let d = match &self.kept {
             Kept::Zca { vectors, roots } => {
                 let turned = times(times(vectors.transpose(), of_matrix.as_ref()).as_ref(), vectors.as_ref());
-                let f = |i: usize, j: usize| -1.0 / (roots[i] * roots[j] * (roots[i] + roots[j]));
-                let turned = Mat::from_fn(n, n, |i, j| f(i, j) * turned[(i, j)]);
+                // Divided in turn, since the product of small roots would be 0.
+                let f = |i: usize, j: usize| -turned[(i, j)] / roots[i] / roots[j] / (roots[i] + roots[j]);
+                let turned = Mat::from_fn(n, n, f);
                 times(times(vectors.as_ref(), turned.as_ref()).as_ref(), vectors.transpose())
             }
             Kept::IterNorm { trace, steps } => {

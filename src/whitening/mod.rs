@@ -27,9 +27,10 @@
 //!
 //! # What it costs
 //!
-//! For groups of `g` channels about `4 g` additions and products per element forward, and twice that backward, beside one inverse
+//! For groups of `g` channels about `3 g` additions and products per element forward, and `6 g` backward, beside one inverse
 //! root per group, of the order of `g^3`. All of it is done in f64, whatever the elements are: a covariance squares the range
-//! of its values, and what is small beside the largest variance would be lost in f32. docs/whitening.md has figures.
+//! of its values, and what is small beside the largest variance would be lost in f32. Results are rounded to the type of the
+//! parameters, and from there to that of the elements. docs/whitening.md has figures.
 //!
 //! # Promises
 //!
@@ -37,7 +38,11 @@
 //!   by the CPU, so that, other than in the rest of this crate, last bits may differ between CPUs.
 //! - **Errors** come before the first write, as everywhere.
 //! - **Tensors** are dense; there are no views, masks, residuals or activations.
-//! - **Memory**: calls allocate a few blocks of 128 KB per thread, more for groups of more than 128 channels, and matrices of each group.
+//! - **Range**: values around their mean are squared in f64. A group where the sum of all variances overflows (deviations of
+//!   1e154 and more) becomes NaN, as one with an infinity does.
+//! - **Memory**: calls allocate a few blocks of 128 KB per thread, more for groups of more than 128 channels; up to 32 MB of partial
+//!   covariances; and a handful of matrices of `g^2` values for each group, of which [`Saved`] keeps three, or two per step of
+//!   [`Method::IterNorm`].
 
 mod matrix;
 mod panel;
@@ -71,7 +76,7 @@ const GROUP: usize = 64;
 /// use batchnorm::{Affine, Gradients, Shape};
 /// # let (x, dy): (Vec<f32>, _) = ((0..8 * 6 * 25).map(|i| (i * i % 97) as f32).collect(), vec![1f32; 8 * 6 * 25]);
 /// # let (mut y, mut dx) = (x.clone(), x.clone());
-/// let plan = Whitening::<f32>::new(Shape::nchw(8, 6, 5, 5)?)?.with_method(Method::IterNorm { steps: 5 }).with_group(3)?;
+/// let plan = Whitening::<f32>::new(Shape::nchw(8, 6, 5, 5)?)?.with_method(Method::IterNorm { steps: 5 })?.with_group(3)?;
 /// let mut saved = plan.saved();
 /// plan.forward_train(&x, Affine::none(), &mut y, &mut saved)?;
 /// plan.backward(&x, &dy, &saved, Affine::none(), Gradients { dx: Some(&mut dx), ..Default::default() })?;
@@ -94,22 +99,25 @@ impl<E: Element> Whitening<E> {
     /// None today; a shape that cannot be served would be refused here.
     pub fn new(shape: Shape) -> Result<Self> {
         let (method, parallelism) = (Method::Zca, Parallelism::Auto);
-        Ok(Self { shape, group: GROUP, method, eps: 1e-5, parallelism, element: PhantomData })
+        Self { shape, group: GROUP, method, eps: 1e-5, parallelism, element: PhantomData }.checked()
     }
 
     /// How the inverse root is taken.
-    #[must_use]
-    pub fn with_method(self, method: Method) -> Self {
-        Self { method, ..self }
+    ///
+    /// # Errors
+    /// [`Error::NewtonSteps`] for more than [`Method::MOST_STEPS`].
+    pub fn with_method(self, method: Method) -> Result<Self> {
+        method.check()?;
+        Ok(Self { method, ..self })
     }
 
     /// How many neighbouring channels are whitened together, the last group being smaller where they do not divide the
     /// channels. As many as there are channels, or more, whiten all together; groups of one are Batch Normalization.
     ///
     /// # Errors
-    /// [`Error::ZeroChannels`] for none.
+    /// [`Error::ZeroChannels`] for none; [`Error::ShapeOverflow`] for so many that no slice holds their covariance.
     pub fn with_group(self, channels: usize) -> Result<Self> {
-        if channels == 0 { Err(Error::ZeroChannels) } else { Ok(Self { group: channels, ..self }) }
+        if channels == 0 { Err(Error::ZeroChannels) } else { Self { group: channels, ..self }.checked() }
     }
 
     /// The number that is added to the variances, on the diagonal of the covariance; 0 is allowed.
@@ -130,9 +138,19 @@ impl<E: Element> Whitening<E> {
     /// The same options for another shape.
     ///
     /// # Errors
-    /// As [`Whitening::new`].
+    /// As [`Whitening::with_group`].
     pub fn with_shape(&self, shape: Shape) -> Result<Self> {
-        Ok(Self { shape, ..*self })
+        Self { shape, ..*self }.checked()
+    }
+
+    /// Refuses groups whose covariance no slice can hold.
+    fn checked(self) -> Result<Self> {
+        let largest = self.grid().group;
+        let bytes = largest.checked_mul(largest).and_then(|values| values.checked_mul(size_of::<f64>()));
+        match bytes.and_then(|bytes| isize::try_from(bytes).ok()) {
+            Some(_) => Ok(self),
+            None => Err(Error::ShapeOverflow { dims: vec![largest, largest] }),
+        }
     }
 
     /// The shape of the tensors.
@@ -155,7 +173,7 @@ impl<E: Element> Whitening<E> {
         groups_of(self.shape.channels(), self.group)
     }
 
-    /// Room for the statistics of a batch, to be filled by a forward pass and reused.
+    /// Room for the statistics of a batch, which a forward pass puts there.
     pub fn saved(&self) -> Saved {
         Saved::default()
     }
@@ -175,7 +193,7 @@ impl<E: Element> Whitening<E> {
     ///
     /// # Errors
     /// [`Error::Length`]; [`Error::EmptyBatch`]; [`Error::Singular`] where no inverse root exists and `eps` is 0, as with fewer
-    /// values than channels ([`Method::IterNorm`] does not take the root, and refuses a variance of 0 in all channels alone);
+    /// values than channels ([`Method::IterNorm`] does not take the root, and refuses only groups in which every variance is 0);
     /// [`Error::WhiteningAffine`] for a residual or an activation. Nothing is written then.
     pub fn forward_train(&self, x: &[E], affine: Affine<'_, E>, y: &mut [E], saved: &mut Saved) -> Result<()> {
         self.check_len("x", x)?;
@@ -189,7 +207,7 @@ impl<E: Element> Whitening<E> {
             let groups = each(plan.workers(), moments.len(), |g| Group::new(plan.method, &moments[g], plan.eps));
             *saved = Saved { count: plan.shape.count() as u64, groups: groups.into_iter().collect::<Result<_>>()? };
             let maps: Vec<_> = saved.groups.iter().map(|group| group.map(affine)).collect();
-            plan.grid().project(x, &maps, Disjoint::new(y));
+            plan.grid().project(Some(x), &maps, Disjoint::new(y));
             Ok(())
         })
     }
@@ -197,8 +215,8 @@ impl<E: Element> Whitening<E> {
     /// What inference does with the statistics, scale and offset given, worked out once.
     ///
     /// # Errors
-    /// [`Error::Length`] or [`Error::WhiteningGroups`] for statistics of other groups; [`Error::Singular`];
-    /// [`Error::WhiteningAffine`].
+    /// [`Error::Length`]; [`Error::WhiteningGroups`] for statistics of other groups; [`Error::Variance`] for running variances
+    /// that are negative or NaN; [`Error::Singular`]; [`Error::WhiteningAffine`].
     pub fn projection(&self, running: &Running, affine: Affine<'_, E>) -> Result<Projection> {
         self.check_affine(affine)?;
         running.check_groups("running", self.groups())?;
@@ -208,10 +226,22 @@ impl<E: Element> Whitening<E> {
     /// Inference: `y = gamma * W (x - mean) + beta`, with what [`Whitening::projection`] made of the running statistics.
     ///
     /// # Errors
-    /// [`Error::Length`] or [`Error::WhiteningGroups`], also for a projection of other groups.
+    /// [`Error::Length`]; [`Error::WhiteningGroups`] for a projection of other groups.
     pub fn forward_infer(&self, x: &[E], projection: &Projection, y: &mut [E]) -> Result<()> {
         self.check_len("x", x)?;
-        self.check_len("y", y)?;
+        self.infer(Some(x), projection, ("y", y))
+    }
+
+    /// [`Whitening::forward_infer`] with `x` replaced by `y`, the same bits.
+    ///
+    /// # Errors
+    /// As [`Whitening::forward_infer`].
+    pub fn forward_infer_in_place(&self, x: &mut [E], projection: &Projection) -> Result<()> {
+        self.infer(None, projection, ("x", x))
+    }
+
+    fn infer(&self, x: Option<&[E]>, projection: &Projection, (name, y): (&'static str, &mut [E])) -> Result<()> {
+        self.check_len(name, y)?;
         self.check_groups("projection", projection.maps.iter().map(|map| map.channels.clone()))?;
         self.among(|plan| {
             plan.grid().project(x, &projection.maps, Disjoint::new(y));
@@ -293,13 +323,14 @@ impl<E: Element> Whitening<E> {
     }
 
     /// Whether something was made for the groups of this plan.
-    fn check_groups(&self, what: &'static str, got: impl ExactSizeIterator<Item = Range<usize>>) -> Result<()> {
+    fn check_groups(&self, what: &'static str, got: impl Iterator<Item = Range<usize>>) -> Result<()> {
         check_groups(what, self.groups(), got)
     }
 
     /// Arithmetic, not memory, is what the threads share, so they are worth it sooner.
     fn workers(&self) -> usize {
-        self.parallelism.workers(self.shape.len().saturating_mul(size_of::<f64>() * self.group.min(GROUP)))
+        let group = self.group.min(self.shape.channels()).min(GROUP);
+        self.parallelism.workers(self.shape.len().saturating_mul(size_of::<f64>() * group))
     }
 
     fn grid(&self) -> Grid {

@@ -73,7 +73,7 @@ impl Grid {
         join: impl Fn(&mut T, T),
     ) -> Vec<T> {
         let (groups, blocks) = (self.groups(), self.blocks());
-        let room = PART_VALUES / (groups.len() * self.group * self.group);
+        let room = PART_VALUES / groups.len().saturating_mul(self.group * self.group);
         let parts = (PARTS / groups.len()).min(room).clamp(1, blocks.max(1));
         let mut made = each(self.workers, groups.len() * parts, |i| {
             let (g, p) = (i / parts, i % parts);
@@ -126,11 +126,15 @@ impl Grid {
         )
     }
 
-    /// `to + matrix (x - from)` of each group.
-    pub(super) fn project<E: Element>(&self, x: &[E], maps: &[Map], y: Disjoint<'_, E>) {
+    /// `to + matrix (x - from)` of each group, of `y` itself without an `x`.
+    pub(super) fn project<E: Element>(&self, x: Option<&[E]>, maps: &[Map], y: Disjoint<'_, E>) {
         self.map(maps.len(), |g, block, [panel, out, _]| {
             let map = &maps[g];
-            panel.gather(self.shape, x, &block);
+            match x {
+                Some(x) => panel.gather(self.shape, x, &block),
+                // SAFETY: see `map`; what is read of a run is let go before the next one.
+                None => panel.gather_with(self.shape, &block, |run| unsafe { y.slice(run) }),
+            }
             panel.add(&map.from, -1.0);
             out.fit(&block);
             matrix::set_product(out.matrix_mut(), map.matrix.as_ref(), panel.matrix());
@@ -205,9 +209,14 @@ impl Panel {
 
     /// Reads a block.
     fn gather<E: Element>(&mut self, shape: Shape, x: &[E], block: &Block) {
+        self.gather_with(shape, block, |run| &x[run]);
+    }
+
+    /// Reads a block of a tensor whose runs `read` gives.
+    fn gather_with<'x, E: Element>(&mut self, shape: Shape, block: &Block, read: impl Fn(Range<usize>) -> &'x [E]) {
         self.fit(block);
         for (from, to, len) in runs(shape, block) {
-            for (value, x) in self.values[to..to + len].iter_mut().zip(&x[from..from + len]) {
+            for (value, x) in self.values[to..to + len].iter_mut().zip(read(from..from + len)) {
                 *value = x.to_param().to_f64();
             }
         }

@@ -7,11 +7,11 @@ use faer::Mat;
 use super::Map;
 use super::matrix::{Method, Root, add_product};
 use crate::affine::Affine;
+use crate::deployment::fold::Layer;
 use crate::element::{Element, Real};
 use crate::error::{Error, Result, check_len};
-use crate::fold::Layer;
 use crate::moments::MergeWeights;
-use crate::running::{Momentum, Variance};
+use crate::running::{Momentum, Variance, check_variances};
 
 /// Count, mean and products of deviations of a group of channels, as far as they were seen.
 #[derive(Debug, Clone)]
@@ -197,7 +197,7 @@ impl Running {
     /// Moves the running statistics towards those of a batch, the covariance as [`Variance`] says for its diagonal.
     ///
     /// # Errors
-    /// [`Error::MissingStatistics`] if no batch filled `saved`; [`Error::Length`] or [`Error::WhiteningGroups`] for other groups;
+    /// [`Error::MissingStatistics`] if no batch filled `saved`; [`Error::WhiteningGroups`] for other groups;
     /// [`Error::UnbiasedFromOne`]. The statistics are unchanged then.
     pub fn update(&mut self, saved: &Saved) -> Result<()> {
         let correction = self.variance.correction(saved.count)?;
@@ -218,19 +218,32 @@ impl Running {
     /// [`Running::mean`] and [`Running::covariances`] gave them after `batches` batches.
     ///
     /// # Errors
-    /// [`Error::Length`]. The statistics are unchanged then.
+    /// [`Error::Length`]; [`Error::Variance`] for a variance that is negative or NaN; [`Error::Covariance`] for a matrix that is not
+    /// symmetric. The statistics are unchanged then.
     pub fn restore(&mut self, mean: &[f64], covariances: &[Vec<f64>], batches: u64) -> Result<()> {
         check_len("mean", self.mean.len(), mean.len())?;
         check_len("covariances", self.covariances.len(), covariances.len())?;
+        let mut restored = Vec::with_capacity(covariances.len());
         for ((channels, _), given) in self.covariances.iter().zip(covariances) {
-            check_len("covariance", channels.len() * channels.len(), given.len())?;
-        }
-        self.mean.copy_from_slice(mean);
-        for ((channels, covariance), given) in self.covariances.iter_mut().zip(covariances) {
             let n = channels.len();
-            *covariance = Mat::from_fn(n, n, |i, j| given[i * n + j]);
+            check_len("covariance", n * n, given.len())?;
+            let of = |i: usize, j: usize| given[i * n + j];
+            let pairs = (0..n).flat_map(|i| (0..i).map(move |j| (j, i)));
+            for (first, second) in pairs {
+                let got = [of(first, second), of(second, first)];
+                if got[0] != got[1] {
+                    return Err(Error::Covariance {
+                        first: channels.start + first,
+                        second: channels.start + second,
+                        got,
+                    });
+                }
+            }
+            restored.push((channels.clone(), Mat::from_fn(n, n, of)));
         }
-        self.batches = batches;
+        check_variances(&variances(&restored))?;
+        self.mean.copy_from_slice(mean);
+        (self.covariances, self.batches) = (restored, batches);
         Ok(())
     }
 
@@ -249,15 +262,12 @@ impl Running {
         self.batches
     }
 
-    pub(super) fn check_groups(
-        &self,
-        what: &'static str,
-        got: impl ExactSizeIterator<Item = Range<usize>>,
-    ) -> Result<()> {
+    pub(super) fn check_groups(&self, what: &'static str, got: impl Iterator<Item = Range<usize>>) -> Result<()> {
         check_groups(what, self.covariances.iter().map(|(channels, _)| channels.clone()), got)
     }
 
     pub(super) fn projection<E: Element>(&self, method: Method, affine: Affine<'_, E>, eps: f64) -> Result<Projection> {
+        check_variances(&variances(&self.covariances))?;
         let maps = self.covariances.iter().map(|(channels, covariance)| {
             let mean = self.mean[channels.clone()].to_vec();
             Ok(Group::from_parts(method, channels.clone(), mean, covariance.clone(), eps)?.map(affine))
@@ -266,14 +276,25 @@ impl Running {
     }
 }
 
+/// The diagonals of covariance matrices, one after the other.
+fn variances(covariances: &[(Range<usize>, Mat<f64>)]) -> Vec<f64> {
+    covariances.iter().flat_map(|(channels, matrix)| (0..channels.len()).map(|i| matrix[(i, i)])).collect()
+}
+
 /// Refuses groups other than those expected.
 pub(super) fn check_groups(
     what: &'static str,
-    expected: impl ExactSizeIterator<Item = Range<usize>>,
-    got: impl ExactSizeIterator<Item = Range<usize>>,
+    expected: impl Iterator<Item = Range<usize>>,
+    got: impl Iterator<Item = Range<usize>>,
 ) -> Result<()> {
-    check_len(what, expected.len(), got.len())?;
-    if expected.eq(got) { Ok(()) } else { Err(Error::WhiteningGroups) }
+    // All groups are as large as the first, but for the last.
+    let of = |groups: &mut dyn Iterator<Item = Range<usize>>| {
+        let first = groups.next().unwrap_or(0..0);
+        let end = first.end;
+        (groups.last().map_or(end, |last| last.end), first.len())
+    };
+    let [expected, got] = [of(&mut { expected }), of(&mut { got })];
+    if expected == got { Ok(()) } else { Err(Error::WhiteningGroups { what, expected, got }) }
 }
 
 /// Inference as a matrix per group: `y = A (x - mean) + beta`, `A` the matrix `W` of the running covariance, its rows multiplied
@@ -289,6 +310,12 @@ impl Projection {
         self.maps.iter().map(|map| elements(&map.matrix)).collect()
     }
 
+    /// The offset `b = beta - A mean` of each channel: `y = A x + b`.
+    pub fn offsets(&self) -> Vec<f64> {
+        let of_row = |map: &Map, i: usize| (0..map.from.len()).map(|j| map.matrix[(i, j)] * map.from[j]).sum::<f64>();
+        self.maps.iter().flat_map(|map| map.to.iter().enumerate().map(|(i, to)| to - of_row(map, i))).collect()
+    }
+
     /// Folds inference into the linear layer or convolution after it, which then gives alone what it gave with whitening: with
     /// `y = A x + b`, `b = beta - A mean`,
     ///
@@ -299,12 +326,12 @@ impl Projection {
     /// for each of a convolution's taps. Exact only if that layer pads nothing. Computed in f64 and rounded once.
     ///
     /// # Errors
-    /// [`Error::Length`]; [`Error::NotFoldable`] for a transposed convolution and one in groups.
+    /// [`Error::Length`]; [`Error::LayerChannels`]; [`Error::NotFoldable`] for a transposed convolution and one in groups.
     pub fn fold_into_following<P: Real>(&self, layer: Layer, weight: &mut [P], bias: &mut [P]) -> Result<()> {
         let channels = self.maps.iter().map(|map| map.channels.len()).sum();
         let (inputs, taps) = layer.joined()?;
         layer.check(channels, inputs, weight, bias)?;
-        for (weights, bias) in weight.chunks_exact_mut((inputs * taps).max(1)).zip(bias) {
+        for (weights, bias) in weight.chunks_exact_mut(inputs.saturating_mul(taps).max(1)).zip(bias) {
             let mut shift = 0.0;
             for map in &self.maps {
                 let of_group = &mut weights[map.channels.start * taps..map.channels.end * taps];

@@ -70,7 +70,9 @@ impl Layer {
 
     /// Refuses slices of other lengths, and a layer that meets another number of channels.
     pub(crate) fn check<P>(&self, expected: usize, channels: usize, weight: &[P], bias: &[P]) -> Result<()> {
-        check_len("channels of the layer", expected, channels)?;
+        if channels != expected {
+            return Err(Error::LayerChannels { expected, got: channels });
+        }
         check_len("weight", self.weights(), weight.len())?;
         check_len("bias", self.outputs, bias.len())
     }
@@ -116,7 +118,8 @@ impl<E: Element> BatchNorm<E> {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Length`] for any slice, and where the layer's outputs are not the plan's channels; [`Error::Variance`].
+    /// [`Error::Length`] for any slice; [`Error::LayerChannels`] where the layer's outputs are not the plan's channels;
+    /// [`Error::Variance`].
     pub fn fold_into_preceding(
         &self,
         layer: Layer,
