@@ -63,6 +63,61 @@ unsafe fn some<I: Isa, T: Terms<I, K>, const K: usize>(
     }
 }
 
+/// The sums of both terms over a group of vectors, each `stride` after the one before: of whole ones if `FULL`, else of the
+/// first `n` elements of each. Those `ahead` of them are prefetched, none for 0.
+///
+/// # Safety
+/// These elements lie inside the tensors that `terms` was made for.
+#[inline(always)]
+unsafe fn group<I: Isa, T: Terms<I, K>, const K: usize, const FULL: bool>(
+    isa: I,
+    terms: &T,
+    params: &[T::Vector; K],
+    (at, n): (usize, usize),
+    stride: usize,
+    ahead: usize,
+) -> (T::Vector, T::Vector) {
+    if ahead != 0 {
+        for j in 0..GROUP {
+            terms.prefetch(isa, (at + j * stride).wrapping_add(ahead));
+        }
+    }
+    let zero = T::Vector::splat(isa, Default::default());
+    let (mut a, mut b) = ([zero; GROUP], [zero; GROUP]);
+    for j in 0..GROUP {
+        // SAFETY: the caller's promise.
+        (a[j], b[j]) = unsafe { terms.at::<FULL>(isa, params, at + j * stride, n) };
+    }
+    (tree(a), tree(b))
+}
+
+/// [`group`] where vector `j` has as many of `rest(j)` elements as it can.
+///
+/// # Safety
+/// These elements lie inside the tensors that `terms` was made for.
+#[inline(always)]
+unsafe fn partial<I: Isa, T: Terms<I, K>, const K: usize>(
+    isa: I,
+    terms: &T,
+    params: &[T::Vector; K],
+    at: usize,
+    stride: usize,
+    ahead: usize,
+    rest: impl Fn(usize) -> usize,
+) -> (T::Vector, T::Vector) {
+    let zero = T::Vector::splat(isa, Default::default());
+    let (mut a, mut b) = ([zero; GROUP], [zero; GROUP]);
+    for j in 0..GROUP {
+        let (at, n) = (at + j * stride, rest(j));
+        if n > 0 && ahead != 0 {
+            terms.prefetch(isa, at.wrapping_add(ahead));
+        }
+        // SAFETY: the caller's promise.
+        (a[j], b[j]) = unsafe { some(isa, terms, params, at, n) };
+    }
+    (tree(a), tree(b))
+}
+
 /// The sums of both terms over the runs of a channel, as far as they were seen.
 #[derive(Clone, Copy)]
 pub(crate) struct RunSums<I: Isa, V: Vector<I>, const K: usize> {
@@ -113,45 +168,46 @@ impl<I: Isa, V: Vector<I>, const K: usize> RunSums<I, V, K> {
         // From one vector of a group to the next, and from one group to the next.
         let (stride, step) = if ACROSS { (band.stride, V::LANES) } else { (V::LANES, GROUP * V::LANES) };
         let whole = if ACROSS && band.rows < GROUP { 0 } else { band.len - band.len % step };
-        let [mut a, mut b] = self.narrow;
         let mut i = 0;
         while i < band.len {
-            let (mut ga, mut gb) = ([zero; GROUP], [zero; GROUP]);
-            // SAFETY: the elements asked for lie inside the band.
-            unsafe {
-                if i < whole {
-                    for j in 0..GROUP {
-                        let at = band.start + i + j * stride;
-                        if ahead != 0 {
-                            terms.prefetch(isa, at.wrapping_add(ahead));
-                        }
-                        (ga[j], gb[j]) = terms.at::<true>(isa, &params, at, V::LANES);
-                    }
-                } else {
-                    for j in 0..GROUP {
-                        let n = match ACROSS {
-                            true if j < band.rows => band.len - i,
-                            true => 0,
-                            false => band.len.saturating_sub(i + j * V::LANES),
-                        };
-                        let at = band.start + i + j * stride;
-                        if n > 0 && ahead != 0 {
-                            terms.prefetch(isa, at.wrapping_add(ahead));
-                        }
-                        (ga[j], gb[j]) = some(isa, terms, &params, at, n);
-                    }
-                }
+            let [mut a, mut b] = self.narrow;
+            // Up to where sums are widened, without a look at how far that is.
+            let groups = GROUPS - self.groups;
+            let whole_groups = groups.min((whole - i.min(whole)) / step);
+            for _ in 0..whole_groups {
+                let at = (band.start + i, V::LANES);
+                // SAFETY: the elements asked for lie inside the band.
+                let (ga, gb) = unsafe { group::<I, T, K, true>(isa, terms, &params, at, stride, ahead) };
+                (a, b) = (a.add(ga), b.add(gb));
+                i += step;
             }
-            a = a.add(tree(ga));
-            b = b.add(tree(gb));
-            self.groups += 1;
+            self.groups += whole_groups;
+            if whole_groups < groups && i < band.len {
+                let (at, left) = (band.start + i, band.len - i);
+                let rest = |j: usize| match ACROSS {
+                    true if j < band.rows => left,
+                    true => 0,
+                    false => left.saturating_sub(j * V::LANES),
+                };
+                // SAFETY: the elements asked for lie inside the band.
+                let (ga, gb) = unsafe {
+                    // Without a look at each row.
+                    if ACROSS && band.rows == GROUP && left < V::LANES {
+                        group::<I, T, K, false>(isa, terms, &params, (at, left), stride, ahead)
+                    } else {
+                        partial::<I, T, K>(isa, terms, &params, at, stride, ahead, rest)
+                    }
+                };
+                (a, b) = (a.add(ga), b.add(gb));
+                i += step;
+                self.groups += 1;
+            }
             if self.groups == GROUPS {
                 self.wide = [a.widen_onto(self.wide[0]), b.widen_onto(self.wide[1])];
                 (a, b, self.groups) = (zero, zero, 0);
             }
-            i += step;
+            self.narrow = [a, b];
         }
-        self.narrow = [a, b];
     }
 
     /// The sums so far.
@@ -252,24 +308,17 @@ pub(crate) unsafe fn over_rows<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vect
                 for (k, vector) in params.iter_mut().enumerate() {
                     *vector = R::Vector::<I>::load(isa, params_at.add(k * padded + c));
                 }
-                let (mut ga, mut gb) = ([zero; GROUP], [zero; GROUP]);
-                if whole && c + lanes <= width {
-                    for j in 0..GROUP {
-                        let at = from + j * block.period + c;
-                        if block.prefetches {
-                            terms.prefetch(isa, at + GROUP * block.period);
-                        }
-                        (ga[j], gb[j]) = terms.at::<true>(isa, &params, at, lanes);
-                    }
+                let at = from + c;
+                let (ga, gb) = if whole && c + lanes <= width {
+                    let ahead = if block.prefetches { GROUP * block.period } else { 0 };
+                    group::<I, T, K, true>(isa, terms, &params, (at, lanes), block.period, ahead)
                 } else {
-                    for j in 0..GROUP {
-                        let at = (row + j) * block.period + first + c;
-                        let n = (width - c).min(block.len.saturating_sub(at));
-                        (ga[j], gb[j]) = some(isa, terms, &params, block.start + at.min(block.len), n);
-                    }
-                }
-                R::Vector::<I>::load(isa, a_at.add(c)).add(tree(ga)).store(a_at.add(c));
-                R::Vector::<I>::load(isa, b_at.add(c)).add(tree(gb)).store(b_at.add(c));
+                    let rest =
+                        |j: usize| (width - c).min(block.len.saturating_sub(at + j * block.period - block.start));
+                    partial(isa, terms, &params, at, block.period, 0, rest)
+                };
+                R::Vector::<I>::load(isa, a_at.add(c)).add(ga).store(a_at.add(c));
+                R::Vector::<I>::load(isa, b_at.add(c)).add(gb).store(b_at.add(c));
                 c += lanes;
             }
             row += GROUP;

@@ -207,6 +207,8 @@ impl<E: Element, R> Reader<'_, E, R> {
         let prefetches = self.images_ahead() > 0;
         let (blocks, totals) = (&mut batch.blocks[..read.len()], &mut batch.totals);
         totals.count = 0;
+        // Read since the last turn. What is left at the end is written when the batch is closed.
+        let mut done = 0;
         for b in 0..planar.blocks() {
             let first = planar.block(read.start, b);
             for (i, (c, block)) in read.clone().zip(&mut *blocks).enumerate() {
@@ -226,7 +228,11 @@ impl<E: Element, R> Reader<'_, E, R> {
                         let part = rest.split(TURN);
                         // SAFETY: the runs come from the grid.
                         unsafe { reduction.add(isa, block, part, ahead) };
-                        beside.turn(part.len * part.rows);
+                        done += part.len * part.rows;
+                        if done >= TURN {
+                            beside.turn(done);
+                            done = 0;
+                        }
                     }
                 }
             }
