@@ -34,35 +34,6 @@ pub(crate) trait Map<const K: usize>: Packs<Self::Element> + Sync {
         n: usize,
     ) -> Compute<I, Self::Element>;
 
-    /// What is stored for the elements from `at`, of their values. Only here has a vector of several planes all its values.
-    #[inline(always)]
-    fn finish<I: Isa, const FULL: bool>(
-        &self,
-        _: I,
-        value: Compute<I, Self::Element>,
-        _at: usize,
-        _n: usize,
-    ) -> Compute<I, Self::Element> {
-        value
-    }
-
-    /// [`Map::at`] for elements of one plane or of rows, finished.
-    ///
-    /// # Safety
-    /// As [`Map::at`].
-    #[inline(always)]
-    unsafe fn finished<I: Isa, const FULL: bool>(
-        &self,
-        isa: I,
-        params: &[Compute<I, Self::Element>; K],
-        at: usize,
-        n: usize,
-    ) -> Compute<I, Self::Element> {
-        // SAFETY: the caller's promise.
-        let value = unsafe { self.at::<I, FULL>(isa, params, at, n) };
-        self.finish::<I, FULL>(isa, value, at, n)
-    }
-
     /// What stands for zero in what is written, where a view shows nothing.
     fn zero(&self) -> Self::Element {
         Self::Element::default()
@@ -278,7 +249,7 @@ impl<'a, M: Map<K>, const K: usize> Planes<'a, M, K> {
             }
             // SAFETY: the caller's promise.
             unsafe {
-                let value = self.map.finished::<I, true>(isa, &vectors, at, Self::LANES);
+                let value = self.map.at::<I, true>(isa, &vectors, at, Self::LANES);
                 self.target.store::<I, STREAM>(isa, value, at);
             }
             at += Self::LANES;
@@ -298,19 +269,18 @@ impl<'a, M: Map<K>, const K: usize> Planes<'a, M, K> {
         n: usize,
     ) {
         let at = self.at;
-        // SAFETY: the caller's promise, for all.
-        let mut value = unsafe { self.map.at::<I, FULL>(isa, &self.splat(isa, params), at, n) };
+        let mut vectors = self.splat(isa, params);
         self.at += n;
         while self.plane_end < self.at {
             let done = self.plane_end - at;
             self.pass_plane(params.len());
-            // SAFETY: as above.
-            let next = unsafe { self.map.at::<I, FULL>(isa, &self.splat(isa, params), at, n) };
-            value = value.first(done, next);
+            for (vector, next) in vectors.iter_mut().zip(self.splat(isa, params)) {
+                *vector = vector.first(done, next);
+            }
         }
-        let value = self.map.finish::<I, FULL>(isa, value, at, n);
-        // SAFETY: as above.
+        // SAFETY: the caller's promise, for both.
         unsafe {
+            let value = self.map.at::<I, FULL>(isa, &vectors, at, n);
             if FULL {
                 self.target.store::<I, STREAM>(isa, value, at);
             } else {
@@ -371,7 +341,7 @@ unsafe fn rows<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
         let to = target.to.as_ptr().add(start);
         let head = target.unaligned(start, lanes).unwrap_or(0).min(len);
         if head > 0 {
-            let value = map.finished::<I, false>(isa, &params.get(isa), start, head);
+            let value = map.at::<I, false>(isa, &params.get(isa), start, head);
             M::Element::store_first(isa, value, to, head);
             params.pass(head);
         }
@@ -390,7 +360,7 @@ unsafe fn rows<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
                         let at = start + i + row * period + c;
                         // Strips are too short for the CPU to foresee the next.
                         map.prefetch(isa, at + 2 * period);
-                        let value = map.finished::<I, true>(isa, &params.get(isa), at, lanes);
+                        let value = map.at::<I, true>(isa, &params.get(isa), at, lanes);
                         target.store::<I, STREAM>(isa, value, at);
                         params.pass(lanes);
                     }
@@ -402,13 +372,13 @@ unsafe fn rows<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
             if STREAM {
                 map.prefetch(isa, start + i + AHEAD / size_of::<M::Element>());
             }
-            let value = map.finished::<I, true>(isa, &params.get(isa), start + i, lanes);
+            let value = map.at::<I, true>(isa, &params.get(isa), start + i, lanes);
             target.store::<I, STREAM>(isa, value, start + i);
             params.pass(lanes);
             i += lanes;
         }
         if i < len {
-            let value = map.finished::<I, false>(isa, &params.get(isa), start + i, len - i);
+            let value = map.at::<I, false>(isa, &params.get(isa), start + i, len - i);
             M::Element::store_first(isa, value, to.add(i), len - i);
         }
     }

@@ -89,11 +89,6 @@ impl<E: Element> Map<3> for Activated<'_, E> {
             // SAFETY: the caller's promise.
             value = value.add(unsafe { residual.load::<I, FULL>(isa, at, n) });
         }
-        value
-    }
-
-    #[inline(always)]
-    fn finish<I: Isa, const FULL: bool>(&self, isa: I, value: Compute<I, E>, at: usize, n: usize) -> Compute<I, E> {
         if let Some(gates) = self.gates {
             gates.record::<FULL>(value.positive(), at, n);
         }
