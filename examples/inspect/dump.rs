@@ -49,6 +49,25 @@ pub struct Extent {
     pub outer: usize,
     pub channels: usize,
     pub inner: usize,
+    /// Which dimension of the tensor the channels are.
+    pub axis: usize,
+}
+
+impl Extent {
+    /// Where the channels were looked for, and how to say otherwise.
+    pub fn told(&self, tensor: &Tensor) -> String {
+        let (at, count) = (self.axis + 1, tensor.sizes.len());
+        let last = match count {
+            3 => "nlc, or chw for one sample,",
+            4 => "nhwc",
+            5 => "ndhwc",
+            _ => "with a letter for each dimension",
+        };
+        match at == count {
+            true => "The channels are the last dimension.".into(),
+            false => format!("The channels are dimension {at} of {count}: --layout {last} if they are another."),
+        }
+    }
 }
 
 impl Dump {
@@ -115,7 +134,10 @@ impl Tensor {
     pub fn extent(&self, layout: Option<&str>) -> Result<Extent> {
         let (sizes, count) = (&self.sizes, self.sizes.len());
         if let Err(name) = &self.number {
-            return Err(format!("holds {name}; expected f16, bf16, f32 or f64, so save it as one of them").into());
+            return Err(format!(
+                "holds {name}; expected f16, bf16, f32 or f64, lowest byte first: save x.astype(\"<f4\")"
+            )
+            .into());
         }
         if count < 2 {
             return Err(format!(
@@ -149,7 +171,7 @@ impl Tensor {
         let product = |sizes: &[usize]| sizes.iter().product();
         let (before, after) = (product(&sizes[..axis]), product(&sizes[axis + 1..]));
         let (outer, inner) = if self.fortran { (after, before) } else { (before, after) };
-        Ok(Extent { outer, channels: sizes[axis], inner })
+        Ok(Extent { outer, channels: sizes[axis], inner, axis })
     }
 }
 

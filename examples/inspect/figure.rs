@@ -58,6 +58,8 @@ fn name(panel: &Panel, faults: &[Fault]) -> Result<()> {
         panel.draw(&Text::new(name, (at + 12, 4), ("sans-serif", 16)))?;
         at += 40 + 9 * name.len() as i32;
     }
+    panel.draw(&Circle::new((at, 12), 5, BLACK.stroke_width(2)))?;
+    panel.draw(&Text::new("ring: beyond the edge", (at + 12, 4), ("sans-serif", 16)))?;
     Ok(())
 }
 
@@ -95,12 +97,18 @@ fn bars(panel: &Panel, found: &Found, name: &str, values: Range<f64>) -> Result<
         }
         let ends = [mean - std, mean + std].map(|y| (i as f64, inside(y)));
         chart.draw_series(LineSeries::new(ends, color.stroke_width(2)))?;
-        chart.draw_series([Circle::new((i as f64, inside(mean)), 3, color.filled())])?;
+        chart.draw_series([mark(i, inside(mean), inside(mean) != mean, color)])?;
     }
     Ok(())
 }
 
-/// A dot for each channel, at an edge where its value lies beyond or is none.
+/// A dot, or a ring at an edge of the panel for a value beyond it or none.
+fn mark(channel: usize, value: f64, beyond: bool, color: RGBColor) -> Circle<(f64, f64), i32> {
+    let style = if beyond { color.stroke_width(2) } else { color.filled() };
+    Circle::new((channel as f64, value), 3, style)
+}
+
+/// A dot for each channel, a ring at an edge where its value lies beyond or is none.
 fn dots<Y>(
     panel: &Panel,
     found: &Found,
@@ -116,8 +124,8 @@ where
     let mut chart = axes!(panel, found, name, axis, marks);
     let dots = found.channels.iter().enumerate().map(|(i, (channel, fault))| {
         let value = value(channel);
-        let value = if value.is_nan() { low } else { value.clamp(low, high) };
-        Circle::new((i as f64, value), 3, color(*fault).filled())
+        let shown = if value.is_nan() { low } else { value.clamp(low, high) };
+        mark(i, shown, shown != value, color(*fault))
     });
     chart.draw_series(dots)?;
     Ok(())

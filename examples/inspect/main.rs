@@ -12,7 +12,7 @@ mod statistics;
 use clap::Parser;
 use dump::{Dump, Extent, Tensor};
 use indicatif::{ProgressBar, ProgressStyle};
-use statistics::Channels;
+use statistics::{Channels, Found};
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -27,7 +27,7 @@ struct Args {
     /// The tensor to look into, where the file has several
     #[arg(long, value_name = "NAME")]
     tensor: Option<String>,
-    /// What the dimensions are, a letter for each: nchw, nhwc, nc, ncl, nlc, ... The second are the channels if not given
+    /// What the dimensions are, a letter for each: nchw, nhwc, nc, ncl, nlc, chw, ... The second are the channels if not given
     #[arg(long, value_name = "LETTERS")]
     layout: Option<String>,
     /// Where the picture goes
@@ -46,6 +46,10 @@ type Result<T> = std::result::Result<T, Box<dyn error::Error + Send + Sync>>;
 fn main() -> ExitCode {
     match run(&Args::parse(), &mut io::stdout().lock()) {
         Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads has seen enough.
+        Err(e) if e.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe) => {
+            ExitCode::SUCCESS
+        }
         Err(e) => {
             eprintln!("error: {e}");
             ExitCode::FAILURE
@@ -62,9 +66,9 @@ fn run(args: &Args, out: &mut impl Write) -> Result<()> {
     let dump = Dump::open(&file).map_err(|e| format!("{name}: {e}"))?;
     let layout = args.layout.as_deref();
     match (&args.tensor, &dump.tensors[..]) {
-        (None, [tensor]) => one(args, &dump, tensor, out).map_err(|e| format!("{name}: {e}").into()),
+        (None, [tensor]) => one(args, &dump, tensor, &name.to_string(), out),
         (Some(wanted), tensors) => match tensors.iter().find(|tensor| tensor.name == *wanted) {
-            Some(tensor) => one(args, &dump, tensor, out).map_err(|e| format!("{name}, {wanted}: {e}").into()),
+            Some(tensor) => one(args, &dump, tensor, &format!("{name}, {wanted}"), out),
             None => {
                 let names: Vec<_> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
                 Err(format!("{name} has no tensor {wanted:?}; it has: {}", names.join(", ")).into())
@@ -72,22 +76,26 @@ fn run(args: &Args, out: &mut impl Write) -> Result<()> {
         },
         (None, tensors) => {
             // A tensor without channels is no reason to keep the others back.
-            let lines = tensors.iter().map(|tensor| {
-                let found = tensor.extent(layout).and_then(|extent| measure(&dump, tensor, extent));
-                (tensor, found.map(|channels| channels.judge()))
-            });
+            let lines = tensors.iter().map(|tensor| (tensor, found(&dump, tensor, layout)));
             report::tensors(out, &name.to_string(), lines)
         }
     }
 }
 
-fn one(args: &Args, dump: &Dump, tensor: &Tensor, out: &mut impl Write) -> Result<()> {
-    let extent = tensor.extent(args.layout.as_deref())?;
-    let found = measure(dump, tensor, extent)?.judge();
-    report::channels(out, tensor, &found, args.rows)?;
+/// A tensor with its picture; what is wrong with it is told with its `name`.
+fn one(args: &Args, dump: &Dump, tensor: &Tensor, name: &str, out: &mut impl Write) -> Result<()> {
+    let found = found(dump, tensor, args.layout.as_deref());
+    let (extent, found) = found.map_err(|e| format!("{name}: {e}"))?;
+    report::channels(out, tensor, extent, &found, args.rows)?;
     fs::write(&args.out, figure::draw(&tensor.title(), &found)?).map_err(|e| format!("{}: {e}", args.out.display()))?;
     writeln!(out, "Picture: {}", args.out.display())?;
     Ok(())
+}
+
+/// Where the channels of a tensor are, and what is wrong with them.
+fn found(dump: &Dump, tensor: &Tensor, layout: Option<&str>) -> Result<(Extent, Found)> {
+    let extent = tensor.extent(layout)?;
+    Ok((extent, measure(dump, tensor, extent)?.judge()))
 }
 
 /// Reads a tensor in stretches, under a bar that shows on a terminal alone.

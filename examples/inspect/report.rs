@@ -1,15 +1,16 @@
 //! What is printed.
 
 use crate::Result;
-use crate::dump::Tensor;
+use crate::dump::{Extent, Tensor};
 use crate::statistics::{DEAD, EXPLODING, Fault, Found};
 use std::io::Write;
 
 /// The channels of a tensor, the worst first, and how many are bad.
-pub fn channels(out: &mut impl Write, tensor: &Tensor, found: &Found, rows: usize) -> Result<()> {
+pub fn channels(out: &mut impl Write, tensor: &Tensor, extent: Extent, found: &Found, rows: usize) -> Result<()> {
     let count = found.channels.first().map_or(0, |channel| channel.0.moments.count);
     let all = found.channels.len();
-    writeln!(out, "{}: {all} channels, {count} values each\n", tensor.title())?;
+    writeln!(out, "{}: {all} channels, {count} values each", tensor.title())?;
+    writeln!(out, "{}\n", extent.told(tensor))?;
     writeln!(
         out,
         "{:>8}{:>12}{:>12}{:>12}{:>12}{:>9}{:>10}{:>10}",
@@ -17,7 +18,8 @@ pub fn channels(out: &mut impl Write, tensor: &Tensor, found: &Found, rows: usiz
     )?;
     for i in found.worst_first().into_iter().take(rows) {
         let (channel, fault) = &found.channels[i];
-        let numbers = [channel.moments.mean, channel.std(), channel.min, channel.max].map(number).concat();
+        let [min, max] = channel.range();
+        let numbers = [channel.moments.mean, channel.std(), min, max].map(number).concat();
         let zeros = format!("{:.1}", 100.0 * channel.zeros());
         let name = fault.map_or("", Fault::name);
         let line = format!("{i:>8}{numbers}{zeros:>9}{:>10}{:>10}  {name}", channel.nans, channel.infinities);
@@ -26,13 +28,14 @@ pub fn channels(out: &mut impl Write, tensor: &Tensor, found: &Found, rows: usiz
     if rows < all {
         writeln!(out, "{:>8} {} more, nearer the median channel: --rows {all} shows all", "...", all - rows)?;
     }
-    writeln!(
-        out,
-        "\n{}. Median channel: std {}, root mean square {}.",
-        summary(found),
-        number(found.median_std).trim(),
-        number(found.median_rms).trim()
-    )?;
+    let median = match found.median_std.is_nan() {
+        true => "No channel is alive and finite, so there is no median to compare with".into(),
+        false => {
+            let [std, rms] = [found.median_std, found.median_rms].map(number);
+            format!("Median channel: std {}, root mean square {}", std.trim(), rms.trim())
+        }
+    };
+    writeln!(out, "\n{}. {median}.", summary(found))?;
     writeln!(
         out,
         "Exploding: a root mean square over {EXPLODING} times that of the median channel.\n\
@@ -45,16 +48,21 @@ pub fn channels(out: &mut impl Write, tensor: &Tensor, found: &Found, rows: usiz
 pub fn tensors<'a>(
     out: &mut impl Write,
     file: &str,
-    tensors: impl Iterator<Item = (&'a Tensor, Result<Found>)>,
+    tensors: impl Iterator<Item = (&'a Tensor, Result<(Extent, Found)>)>,
 ) -> Result<()> {
     writeln!(out, "{file}:\n")?;
     for (tensor, found) in tensors {
         match found {
-            Ok(found) => writeln!(out, "{}: {}", tensor.title(), summary(&found))?,
+            Ok((extent, found)) => {
+                writeln!(out, "{}: dimension {}, {}", tensor.title(), extent.axis + 1, summary(&found))?
+            }
             Err(e) => writeln!(out, "{}: left out: it {e}", tensor.title())?,
         }
     }
-    writeln!(out, "\n--tensor NAME shows the channels of one, with a picture.")?;
+    writeln!(
+        out,
+        "\n--tensor NAME shows the channels of one, with a picture; --layout tells where they are, if not in dimension 2."
+    )?;
     Ok(())
 }
 

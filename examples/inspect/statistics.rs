@@ -30,6 +30,11 @@ impl Default for Channel {
 }
 
 impl Channel {
+    /// The smallest and the largest value; NaN if there is none.
+    pub fn range(&self) -> [f64; 2] {
+        if self.min <= self.max { [self.min, self.max] } else { [f64::NAN; 2] }
+    }
+
     pub fn std(&self) -> f64 {
         self.moments.variance().sqrt()
     }
@@ -86,7 +91,7 @@ pub struct Piece {
 
 /// A tensor in pieces of at most so many elements: whole samples, else whole channels, else parts of one.
 pub fn pieces(extent: Extent, most: usize) -> impl Iterator<Item = Piece> {
-    let Extent { outer, channels, inner } = extent;
+    let Extent { outer, channels, inner, .. } = extent;
     let (of_inner, all) = (inner.min(most), channels * inner);
     let (of_channels, of_outer) = ((most / inner).clamp(1, channels), (most / all).clamp(1, outer));
     (0..outer).step_by(of_outer).flat_map(move |o| {

@@ -163,7 +163,7 @@ fn pieces_cover_a_tensor_in_order() {
     for (outer, channels, inner) in [(5, 3, 7), (1, 1, 1), (4, 6, 1), (1, 3, 40), (9, 1, 2)] {
         for most in [1, 2, 3, 7, 10, 21, 50, 1000] {
             let mut at = 0;
-            for Piece { outer: o, channels: c, inner: i } in pieces(Extent { outer, channels, inner }, most) {
+            for Piece { outer: o, channels: c, inner: i } in pieces(Extent { outer, channels, inner, axis: 1 }, most) {
                 assert!((1..=most).contains(&(o * c.len() * i)));
                 assert_eq!(at / inner % channels, c.start);
                 // Contiguous: what is not whole is alone in its dimension.
@@ -233,8 +233,8 @@ fn the_demo_shows_what_was_made_wrong() {
 
     let svg = fs::read_to_string(&picture).unwrap();
     assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>") && svg.contains("exploding"));
-    // In two panels a dot for each channel; in the third one where there is a mean; one for each name.
-    assert_eq!(svg.matches("<circle").count(), 32 + 32 + 30 + 5);
+    // In two panels a dot for each channel; in the third one where there is a mean; one for each name, and a ring.
+    assert_eq!(svg.matches("<circle").count(), 32 + 32 + 30 + 5 + 1);
 
     // Again, as a file like any other, and never over another file.
     assert_eq!(printed(&["--demo", &file, "--out", &picture]).unwrap(), text);
@@ -259,7 +259,7 @@ fn of_several_tensors_each_gets_a_line() {
     let file = folder.write("dump.safetensors", &serialize(tensors.clone(), None).unwrap()).display().to_string();
     let picture = folder.0.join("picture.svg").display().to_string();
     let text = printed(&[&file, "--out", &picture]).unwrap();
-    assert!(text.contains("conv.out, 2 x 4 x 3 f32: 4 channels: none of them"), "{text}");
+    assert!(text.contains("conv.out, 2 x 4 x 3 f32: dimension 2, 4 channels: none of them"), "{text}");
     assert!(text.contains("conv.bias, 24 f32: left out: it has 1 dimension (24), so no channels"), "{text}");
     assert!(text.contains("steps, 12 x 2 i32: left out: it holds i32; expected f16"), "{text}");
     assert!(!fs::exists(&picture).unwrap());
