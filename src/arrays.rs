@@ -17,7 +17,8 @@ use crate::view::View;
 /// A plan for arrays of the crate [`ndarray`], of any number of axes and any strides that keep elements apart.
 ///
 /// It is made for arrays that lie like `x` and like `y`; then `x` and `dx` lie as the one, `y`, `dy` and the gradient of a residual
-/// as the other. References to arrays and to views of them are taken alike.
+/// as the other. References to arrays and to views of them are taken alike. What has a value per channel is a slice, and so is a
+/// residual: `gamma.as_slice()`, `dgamma.as_slice_mut()` of an `Array1`.
 ///
 /// ```
 /// use batchnorm::{Affine, ArrayGradients, Arrays};
@@ -57,6 +58,7 @@ use crate::view::View;
 #[derive(Debug, Clone)]
 pub struct Arrays<E: Element, D: Dimension> {
     plan: BatchNorm<E>,
+    channels: Axis,
     sizes: D,
     /// Of what lies like `x`, and of what lies like `y`.
     strides: [Box<[isize]>; 2],
@@ -86,17 +88,36 @@ impl<E: Element, D: Dimension> Arrays<E, D> {
     /// Keras the last axis.
     ///
     /// # Errors
-    /// [`Error::View`] for fewer than two axes, for more than a batch, channels and three others that are longer than 1, for channels
-    /// that are no axis, and for strides that are negative, broadcast (zero) or let elements share a place; [`Error::Sizes`] if
-    /// the two differ in their sizes; as [`Shape::new`].
+    /// [`Error::Axes`] for fewer than two axes, for more than a batch, channels and three others that are longer than 1, and for
+    /// channels that are no axis; [`Error::Array`] for strides that are negative, broadcast (zero) or let elements share a place;
+    /// [`Error::Sizes`] if the two differ in their sizes; as [`Shape::new`].
     pub fn new(x: &ArrayRef<E, D>, y: &ArrayRef<E, D>, channels: Axis) -> Result<Self> {
-        check_sizes("y", x, y)?;
+        Self::of(x, y, channels, BatchNorm::new)
+    }
+
+    /// The same options for other arrays, such as the last, smaller batch.
+    ///
+    /// # Errors
+    /// As [`Arrays::new`].
+    pub fn with_arrays(&self, x: &ArrayRef<E, D>, y: &ArrayRef<E, D>) -> Result<Self> {
+        Self::of(x, y, self.channels, |shape| self.plan.with_shape(shape))
+    }
+
+    fn of(
+        x: &ArrayRef<E, D>,
+        y: &ArrayRef<E, D>,
+        channels: Axis,
+        plan: impl FnOnce(Shape) -> Result<BatchNorm<E>>,
+    ) -> Result<Self> {
+        if x.shape() != y.shape() {
+            return Err(Error::Sizes { what: "y", expected: x.shape().into(), got: y.shape().into() });
+        }
         let (shape, axes) = order(x, channels)?;
-        let plan = BatchNorm::new(shape)?;
+        let plan = plan(shape)?;
         let (x_view, y_view) = (view(&shape, &axes, x)?, view(&shape, &axes, y)?);
         let dense = View::dense(&shape);
         let plan = if x_view == dense && y_view == dense { plan } else { plan.with_views(x_view, y_view)? };
-        Ok(Self { plan, sizes: x.raw_dim(), strides: [x, y].map(|array| array.strides().into()) })
+        Ok(Self { plan, channels, sizes: x.raw_dim(), strides: [x, y].map(|array| array.strides().into()) })
     }
 
     /// The same with other options of its plan.
@@ -107,7 +128,9 @@ impl<E: Element, D: Dimension> Arrays<E, D> {
         let plan = options(self.plan.clone())?;
         match plan.lies_like(&self.plan) {
             true => Ok(Self { plan, ..self }),
-            false => Err(Error::View { reason: "expected other options of a plan for the same arrays" }),
+            false => Err(Error::View {
+                reason: "expected options alone; for other arrays, such as a smaller batch, there is `Arrays::with_arrays`",
+            }),
         }
     }
 
@@ -195,26 +218,24 @@ impl<E: Element, D: Dimension> Arrays<E, D> {
     }
 }
 
-fn check_sizes<E, D: Dimension>(what: &'static str, expected: &ArrayRef<E, D>, got: &ArrayRef<E, D>) -> Result<()> {
-    match expected.shape() == got.shape() {
-        true => Ok(()),
-        false => Err(Error::Sizes { what, expected: expected.shape().into(), got: got.shape().into() }),
-    }
-}
-
 /// The shape of an array, and its axes in the order of the letters of the layout; `None` for a batch of one that has no axis.
 fn order<E, D: Dimension>(x: &ArrayRef<E, D>, channels: Axis) -> Result<(Shape, Vec<Option<usize>>)> {
     let (sizes, channels) = (x.shape(), channels.index());
+    let refused = Error::Axes { axes: sizes.len(), channels };
     if sizes.len() < 2 || channels >= sizes.len() {
-        return Err(Error::View { reason: "expected an array of at least two axes, the channels one of them" });
+        return Err(refused);
     }
     // Strides of an array without elements say nothing.
     let stride = |axis: usize| if x.is_empty() { -(axis as isize) } else { x.strides()[axis] };
     let mut others: Vec<_> = (0..sizes.len()).filter(|&axis| axis != channels && sizes[axis] != 1).collect();
     others.sort_by_key(|&axis| Reverse(stride(axis)));
     let around = others.partition_point(|&axis| stride(axis) > stride(channels));
+    let batch = (around > 0).then(|| others[0]);
+    if others.len() - usize::from(batch.is_some()) > 3 {
+        return Err(refused);
+    }
     let layout = if around == others.len() { Layout::ChannelsLast } else { Layout::ChannelsFirst };
-    let batch = (around > 0).then(|| others.remove(0));
+    others.drain(..usize::from(batch.is_some()));
     let spatial: Vec<_> = others.iter().map(|&axis| sizes[axis]).collect();
     let shape = Shape::new(layout, batch.map_or(1, |axis| sizes[axis]), sizes[channels], &spatial)?;
     let mut axes: Vec<_> = [batch].into_iter().chain(others.into_iter().map(Some)).collect();
@@ -231,8 +252,9 @@ fn view<E, D: Dimension>(shape: &Shape, axes: &[Option<usize>], array: &ArrayRef
     // A stride that is never taken may be of any size.
     let taken = |axis: usize| if array.shape()[axis] > 1 { array.strides()[axis] } else { 0 };
     let strides = axes.iter().map(|axis| axis.map_or(0, taken).try_into());
-    let strides: Vec<usize> = strides
-        .collect::<core::result::Result<_, _>>()
-        .map_err(|_| Error::View { reason: "expected strides of at least 0: an array that is not reversed" })?;
+    let strides: Vec<usize> =
+        strides.collect::<core::result::Result<_, _>>().map_err(|_| Error::Array { reason: "an axis is reversed" })?;
+    // The sizes are those of the shape.
     View::strided(shape, &sizes, &strides)
+        .map_err(|_| Error::Array { reason: "elements share a place, as where it is broadcast" })
 }

@@ -30,7 +30,8 @@ pub enum Error {
     ZeroChannels,
     /// Batch statistics were asked of a batch without values.
     #[error(
-        "training needs at least one value per channel, got zero (batch {batch}, spatial size {spatial}, less what a mask leaves out)"
+        "training needs at least one value per channel, got zero (batch {batch}, spatial size {spatial}{})",
+        if *batch == 0 || *spatial == 0 { "" } else { ", all of it masked" }
     )]
     EmptyBatch {
         /// The number of samples.
@@ -157,9 +158,29 @@ pub enum Error {
         /// What was expected.
         reason: &'static str,
     },
+    /// An array with too few or too many axes, or without the axis that was to be the channels.
+    #[cfg(feature = "ndarray")]
+    #[error(
+        "expected an array with a batch, channels and up to three other axes longer than 1, got {axes} axes and the channels as Axis({channels})"
+    )]
+    Axes {
+        /// The number of axes of the array.
+        axes: usize,
+        /// The axis that was to be the channels.
+        channels: usize,
+    },
+    /// An array whose elements have no places of their own, one after the other.
+    #[cfg(feature = "ndarray")]
+    #[error("an array cannot be used where it lies: {reason}; copy it with `as_standard_layout`")]
+    Array {
+        /// What is wrong with it.
+        reason: &'static str,
+    },
     /// An array of other sizes than those of the plan.
     #[cfg(feature = "ndarray")]
-    #[error("`{what}` must be an array of the sizes {expected:?}, got {got:?}")]
+    #[error(
+        "`{what}` must be an array of the sizes {expected:?}, got {got:?}; `Arrays::with_arrays` makes a plan for other sizes"
+    )]
     Sizes {
         /// The argument's name.
         what: &'static str,
@@ -170,7 +191,9 @@ pub enum Error {
     },
     /// An array that lies otherwise than the one that the plan was made for.
     #[cfg(feature = "ndarray")]
-    #[error("`{what}` must be an array with the strides {expected:?}, got {got:?}")]
+    #[error(
+        "`{what}` must be an array with the strides {expected:?}, got {got:?}; copy it into one that lies so, or make a plan for arrays that lie as it does with `Arrays::with_arrays`"
+    )]
     Strides {
         /// The argument's name.
         what: &'static str,

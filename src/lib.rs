@@ -141,6 +141,11 @@ mod pages {
         Choosing "docs/choosing.md",
     }
 
+    #[cfg(feature = "ndarray")]
+    pages! {
+        Ndarray "docs/ndarray.md",
+    }
+
     #[cfg(feature = "whitening")]
     pages! {
         Whitening "docs/whitening.md",

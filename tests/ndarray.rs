@@ -275,6 +275,11 @@ fn options_stay_with_the_arrays() {
     assert_eq!(bn.plan().eps(), 0.5);
     assert!(bn.plan().running(Momentum::Cumulative, Variance::Biased).is_ok());
     assert!(matches!(of().with_options(|plan| plan.with_eps(-1.0)), Err(Error::Eps { .. })));
+    // For another batch, the options stay.
+    let two = Arrays::new(&x, &x, Axis(1)).unwrap().with_options(|plan| plan.with_eps(0.5)).unwrap();
+    let one = x.slice(s![1.., .., .., ..]);
+    let one = two.with_arrays(&one, &one).unwrap();
+    assert_eq!((one.plan().eps(), one.plan().shape().batch(), one.plan().shape().channels()), (0.5, 1, 3));
     let other = Shape::nchw(2, 3, 5, 5).unwrap();
     assert!(matches!(of().with_options(|plan| plan.with_shape(other)), Err(Error::View { .. })));
     assert!(matches!(of().with_options(|plan| plan.with_mask(&[true; 40])), Err(Error::View { .. })));
@@ -298,7 +303,8 @@ fn arrays_without_elements() {
 fn what_has_no_place_of_its_own_is_refused() {
     fn refused<D: Dimension>(x: &ndarray::ArrayRef<f32, D>, channels: usize) -> &'static str {
         match Arrays::new(x, x, Axis(channels)) {
-            Err(Error::View { reason }) => reason,
+            Err(Error::Array { reason }) => reason,
+            Err(Error::Axes { axes, channels: got }) if axes == x.ndim() && got == channels => "axes",
             other => panic!("{other:?}"),
         }
     }
@@ -306,12 +312,19 @@ fn what_has_no_place_of_its_own_is_refused() {
     assert!(refused(&x.slice(s![.., .., ..;-1, ..]), 1).contains("reversed"));
     assert!(refused(&x.slice(s![.., ..;-2, .., ..]), 1).contains("reversed"));
     let row = Array1::<f32>::zeros(3);
-    assert!(refused(&row.broadcast((4, 3)).unwrap(), 1).contains("apart"));
+    assert!(refused(&row.broadcast((4, 3)).unwrap(), 1).contains("broadcast"));
     let windows = ndarray::ArrayView::from_shape((3, 4).strides((1, 1)), &[0.0; 6]).unwrap();
-    assert!(refused(&windows, 1).contains("apart"));
-    assert!(refused(&row, 0).contains("two axes"));
-    assert!(refused(&x, 4).contains("two axes"));
-    assert!(refused(&Array::<f32, _>::zeros((2, 2, 2, 2, 2, 2)), 1).contains("five"));
+    assert!(refused(&windows, 1).contains("share a place"));
+    assert_eq!([refused(&row, 0), refused(&x, 4)], ["axes"; 2]);
+    let six = Array::<f32, _>::zeros((2, 2, 2, 2, 2, 2));
+    (0..6).for_each(|channels| assert_eq!(refused(&six, channels), "axes"));
+    // Axes of one element do not count: five others at most, or four where the channels come first in memory.
+    assert!(
+        Arrays::new(&six.slice(s![.., .., .., .., .., ..1]), &six.slice(s![.., .., .., .., .., ..1]), Axis(1)).is_ok()
+    );
+    let five = Array::<f32, _>::zeros((2, 2, 2, 2, 2));
+    assert!(Arrays::new(&five, &five, Axis(1)).is_ok() && Arrays::new(&five, &five, Axis(4)).is_ok());
+    assert_eq!(refused(&five, 0), "axes");
     // A reversed axis of one element is none.
     assert!(Arrays::new(&x.slice(s![..1;-1, .., .., ..]), &x.slice(s![..1, .., .., ..]), Axis(1)).is_ok());
     let mut one = Array2::<f32>::zeros((3, 1));

@@ -119,7 +119,11 @@ fn channels_to_end(tensor: &FlexTensor) -> FlexTensor {
 /// The elements of a contiguous tensor.
 fn slice<'a, E: Element>(tensor: &'a FlexTensor, what: &str) -> &'a [E] {
     tensor.as_slice().unwrap_or_else(|| {
-        panic!("batch norm: expected {what} of {:?} as the input is, got {:?}", E::dtype(), tensor.dtype())
+        panic!(
+            "batch norm: expected {what} of {:?} as the input is, got {:?}; cast either to the type of the other",
+            E::dtype(),
+            tensor.dtype()
+        )
     })
 }
 

@@ -417,8 +417,8 @@ const char *bn_version(void);
 uint32_t bn_abi_version(void);
 
 /*
- Makes a plan for tensors of one shape. `dtype` is a bn_dtype, `layout` a bn_layout; `spatial` holds the spatial sizes, such
- as height and width, and is NULL for NC. `eps` is added to the variance; 0 is allowed.
+ Makes a plan for tensors of one shape. `dtype` is a bn_dtype, `layout` a bn_layout; `spatial` holds `spatial_len` spatial
+ sizes, such as height and width; NC has none, NULL and 0. `eps` is added to the variance; 0 is allowed.
 
  On refusal `*plan` is NULL.
  */
@@ -498,9 +498,10 @@ size_t bn_plan_channels(const struct bn_plan *plan);
 size_t bn_plan_scratch(const struct bn_plan *plan);
 
 /*
- Allocates scratch for `calls` calls at the same time, at most 1024, so that not even the first ones allocate.
+ Allocates scratch for `calls` calls at the same time, so that not even the first ones allocate; more than 1024 count as 1024.
  */
-bn_status bn_plan_reserve(const struct bn_plan *plan, size_t calls);
+bn_status bn_plan_reserve(const struct bn_plan *plan,
+                          size_t calls);
 
 /*
  Takes the statistics of the population as constants, to train with them frozen: then `bn_normalize` is the forward pass,

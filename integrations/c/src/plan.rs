@@ -45,8 +45,8 @@ pub extern "C" fn bn_abi_version() -> u32 {
     BN_ABI_VERSION
 }
 
-/// Makes a plan for tensors of one shape. `dtype` is a bn_dtype, `layout` a bn_layout; `spatial` holds the spatial sizes, such
-/// as height and width, and is NULL for NC. `eps` is added to the variance; 0 is allowed.
+/// Makes a plan for tensors of one shape. `dtype` is a bn_dtype, `layout` a bn_layout; `spatial` holds `spatial_len` spatial
+/// sizes, such as height and width; NC has none, NULL and 0. `eps` is added to the variance; 0 is allowed.
 ///
 /// On refusal `*plan` is NULL.
 #[unsafe(no_mangle)]
@@ -190,7 +190,7 @@ pub unsafe extern "C" fn bn_plan_scratch(plan: *const Plan) -> usize {
     unsafe { plan.as_ref() }.map_or(0, |plan| plan.passes.scratch())
 }
 
-/// Allocates scratch for `calls` calls at the same time, at most 1024, so that not even the first ones allocate.
+/// Allocates scratch for `calls` calls at the same time, so that not even the first ones allocate; more than 1024 count as 1024.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn bn_plan_reserve(plan: *const Plan, calls: usize) -> Status {
     // SAFETY: the caller's promise.

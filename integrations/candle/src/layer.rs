@@ -223,7 +223,10 @@ fn parameter<E: Float>(what: &'static str, tensor: &Tensor) -> Result<Vec<E::Par
     let (stored, computed) = (E::DTYPE, E::Param::DTYPE);
     if ![stored, computed].contains(&tensor.dtype()) {
         let or = if stored == computed { String::new() } else { format!(" or {computed:?}") };
-        bail!("{NAME}: expected a {what} of {stored:?}{or} for an input of {stored:?}, got {:?}", tensor.dtype())
+        bail!(
+            "{NAME}: expected a {what} of {stored:?}{or} for an input of {stored:?}, got {:?}; cast the input",
+            tensor.dtype()
+        )
     }
     tensor.detach().to_dtype(computed)?.to_vec1()
 }
