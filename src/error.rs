@@ -39,8 +39,8 @@ pub enum Error {
         /// The number of values per sample and channel.
         spatial: usize,
     },
-    /// A pass in place was asked to write its result elsewhere too.
-    #[error("dx is written over dy in place; expected gradients without a dx of their own (`dx: None`)")]
+    /// A pass in place, or one that returns its result, was asked to write it elsewhere too.
+    #[error("dx is written over dy in place, or returned; expected gradients without a dx of their own (`dx: None`)")]
     InPlace,
     /// `eps` is negative, infinite or NaN.
     #[error("eps must be finite and at least 0, got {got}")]

@@ -64,7 +64,7 @@ impl<E: Element> BatchNorm<E> {
         self.normalize_io(InOut::in_place(x), affine, saved)
     }
 
-    fn normalize_io(&self, io: InOut<'_, E>, affine: Affine<'_, E>, saved: &Saved<E::Param>) -> Result<()> {
+    pub(crate) fn normalize_io(&self, io: InOut<'_, E>, affine: Affine<'_, E>, saved: &Saved<E::Param>) -> Result<()> {
         self.check_affine(affine)?;
         self.check_saved(saved)?;
         let origin = Origin::Batch(saved);

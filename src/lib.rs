@@ -76,6 +76,7 @@ mod deployment;
 mod element;
 mod error;
 mod forward;
+mod fresh;
 mod gates;
 mod grid;
 mod halves;

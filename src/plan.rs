@@ -623,7 +623,7 @@ impl<E: Element> BatchNorm<E> {
     }
 
     /// The gradients, `dx` apart from the others.
-    fn differentiate_slices(
+    pub(crate) fn differentiate_slices(
         &self,
         x: &[E],
         dy: Source<'_, E>,

@@ -40,8 +40,8 @@ impl<'a, T> Disjoint<'a, T> {
     /// A tensor that begins at `ptr`, what its view shows of `len` elements alone.
     ///
     /// # Safety
-    /// The elements that the view shows may be written for `'a`, and nothing else accesses them.
-    #[cfg(feature = "ndarray")]
+    /// The elements that the view shows may be written for `'a`, and nothing else accesses them. They may hold nothing yet where
+    /// they are written alone.
     pub(crate) unsafe fn shown(ptr: *mut T, len: usize, side: Side) -> Self {
         Self { ptr, len, side, life: PhantomData }
     }

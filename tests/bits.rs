@@ -135,6 +135,11 @@ fn check_tier<E: Bits>(
     assert_saved(&name("saved in place"), &saved, &expected.saved);
     assert_bits(&name("forward_train_in_place"), y.get(), &expected.y);
 
+    let mut saved = bn.saved();
+    let y = bn.forward_train_to_vec(x.get(), affine, &mut saved).unwrap();
+    assert_saved(&name("saved to vec"), &saved, &expected.saved);
+    assert_bits(&name("forward_train_to_vec"), &y, &expected.y);
+
     let (mut moments, mut saved) = (vec![Moments::default(); c], bn.saved());
     bn.moments(x.get(), &mut moments).unwrap();
     assert_moments(&name("moments"), &moments, &expected.moments);
@@ -147,6 +152,10 @@ fn check_tier<E: Bits>(
     bn.normalize_in_place(y.get_mut(), affine, &saved).unwrap();
     assert_bits(&name("normalize_in_place"), y.get(), &expected.y);
 
+    assert_bits(&name("normalize_to_vec"), &bn.normalize_to_vec(x.get(), affine, &saved).unwrap(), &expected.y);
+
+    let y = bn.forward_infer_to_vec(x.get(), affine, population).unwrap();
+    assert_bits(&name("forward_infer_to_vec"), &y, &expected.inferred);
     let mut y = blank();
     bn.forward_infer(x.get(), affine, population, y.get_mut()).unwrap();
     assert_bits(&name("forward_infer"), y.get(), &expected.inferred);
@@ -178,6 +187,12 @@ fn check_tier<E: Bits>(
     .unwrap();
     assert_bits(&name("dx in place"), dx.get(), &expected.dx);
     assert_bits(&name("dbeta in place"), &dbeta, &expected.dbeta);
+
+    let mut dgamma = params();
+    let gradients = Gradients { dgamma: Some(&mut dgamma), ..Default::default() };
+    let dx = bn.backward_to_vec(x.get(), dy.get(), &saved, affine, gradients).unwrap();
+    assert_bits(&name("backward_to_vec"), &dx, &expected.dx);
+    assert_bits(&name("dgamma to vec"), &dgamma, &expected.dgamma);
 
     let (mut sums, mut dx) = (vec![GradientSums::default(); c], blank());
     bn.gradient_sums(x.get(), dy.get(), &saved, affine, &mut sums).unwrap();

@@ -118,6 +118,13 @@ fn calls<E: Element>() -> Vec<Call<E>> {
             false,
         ),
         call(
+            "forward_train_to_vec",
+            |bn, a| bn.forward_train_to_vec(&a.x, Affine::new(&a.gamma, &a.beta), &mut a.saved).map(drop),
+            &["x", "gamma", "beta", "saved"],
+            true,
+            false,
+        ),
+        call(
             "forward_infer",
             |bn, a| {
                 let population = Population { mean: &a.mean, var: &a.var };
@@ -132,6 +139,16 @@ fn calls<E: Element>() -> Vec<Call<E>> {
             |bn, a| {
                 let population = Population { mean: &a.mean, var: &a.var };
                 bn.forward_infer_in_place(&mut a.x, Affine::new(&a.gamma, &a.beta), population)
+            },
+            &["x", "gamma", "beta", "mean", "var"],
+            false,
+            false,
+        ),
+        call(
+            "forward_infer_to_vec",
+            |bn, a| {
+                let population = Population { mean: &a.mean, var: &a.var };
+                bn.forward_infer_to_vec(&a.x, Affine::new(&a.gamma, &a.beta), population).map(drop)
             },
             &["x", "gamma", "beta", "mean", "var"],
             false,
@@ -158,6 +175,17 @@ fn calls<E: Element>() -> Vec<Call<E>> {
                 let (dgamma, dbeta) = (Some(&mut a.dgamma[..]), Some(&mut a.dbeta[..]));
                 let gradients = Gradients { dgamma, dbeta, ..Default::default() };
                 bn.backward_in_place(&a.x, &mut a.dy, &a.saved, Affine::scale(&a.gamma), gradients)
+            },
+            &["x", "dy", "saved", "gamma", "dgamma", "dbeta"],
+            true,
+            true,
+        ),
+        call(
+            "backward_to_vec",
+            |bn, a| {
+                let (dgamma, dbeta) = (Some(&mut a.dgamma[..]), Some(&mut a.dbeta[..]));
+                let gradients = Gradients { dgamma, dbeta, ..Default::default() };
+                bn.backward_to_vec(&a.x, &a.dy, &a.saved, Affine::scale(&a.gamma), gradients).map(drop)
             },
             &["x", "dy", "saved", "gamma", "dgamma", "dbeta"],
             true,
@@ -192,6 +220,13 @@ fn calls<E: Element>() -> Vec<Call<E>> {
         call(
             "normalize_in_place",
             |bn, a| bn.normalize_in_place(&mut a.x, Affine::new(&a.gamma, &a.beta), &a.saved),
+            &["x", "gamma", "beta", "saved"],
+            false,
+            true,
+        ),
+        call(
+            "normalize_to_vec",
+            |bn, a| bn.normalize_to_vec(&a.x, Affine::new(&a.gamma, &a.beta), &a.saved).map(drop),
             &["x", "gamma", "beta", "saved"],
             false,
             true,
@@ -728,4 +763,26 @@ fn one_plan_serves_many_threads() {
             });
         }
     }
+}
+
+#[test]
+fn new_vectors_are_of_dense_tensors_and_hold_dx_alone() {
+    let bn = BatchNorm::<f32>::new(Shape::ncl(2, 3, 4).unwrap()).unwrap();
+    let (x, none, mut saved) = ([1.0; 24], Affine::none, bn.saved());
+    bn.forward_train_to_vec(&x, none(), &mut saved).unwrap();
+    let mut dx = [7.0; 24];
+    let gradients = Gradients { dx: Some(&mut dx), ..Default::default() };
+    assert_eq!(bn.backward_to_vec(&x, &x, &saved, none(), gradients), Err(Error::InPlace));
+    assert_eq!(dx, [7.0; 24]);
+
+    let (masked, before) = (bn.with_mask(&[true; 8]).unwrap(), saved.clone());
+    let population = Population { mean: &[0.0; 3], var: &[1.0; 3] };
+    let refused = [
+        masked.forward_train_to_vec(&x, none(), &mut saved),
+        masked.forward_infer_to_vec(&x, none(), population),
+        masked.normalize_to_vec(&x, none(), &before),
+        masked.backward_to_vec(&x, &x, &before, none(), Gradients::default()),
+    ];
+    assert!(refused.iter().all(|refused| matches!(refused, Err(Error::View { .. }))), "{refused:?}");
+    assert_eq!(saved, before);
 }

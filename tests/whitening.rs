@@ -345,6 +345,7 @@ fn a_projection_is_a_matrix_and_an_offset() {
     let Forward { y, saved } = forward(&plan, &x, affine);
     let projection = plan.projection(&last(&plan, &saved), affine).unwrap();
     let (matrices, offsets) = (projection.matrices(), projection.offsets());
+    assert_eq!(matrices.iter().map(Vec::len).collect::<Vec<_>>(), [16, 4]);
     for (n, row) in x.chunks(6).enumerate() {
         for (channels, matrix) in plan.groups().zip(&matrices) {
             for (row_of_matrix, c) in matrix.chunks(channels.len()).zip(channels.clone()) {
@@ -391,6 +392,12 @@ fn running_statistics_move_as_they_are_told() {
     assert_eq!(other.restore(&[0.0; 2], &[vec![0.0; 3]], 1), Err(length("covariance", 4, 3)));
     let got = other.restore(&[0.0; 2], &[vec![1.0, 0.5, 0.0, 1.0]], 1);
     assert_eq!(got, Err(Error::Covariance { first: 0, second: 1, got: [0.5, 0.0] }));
+    let mut of_groups = Whitening::<f64>::new(Shape::nc(4, 5).unwrap())
+        .and_then(|plan| plan.with_group(2)?.running(Momentum::Cumulative, Variance::Biased))
+        .unwrap();
+    let groups = [vec![1.0, 0.0, 0.0, 1.0], vec![1.0, 0.5, 0.25, 1.0], vec![1.0]];
+    let refused = Error::Covariance { first: 2, second: 3, got: [0.5, 0.25] };
+    assert_eq!(of_groups.restore(&[0.0; 5], &groups, 1), Err(refused));
     assert_eq!(
         other.restore(&[0.0; 2], &[vec![1.0, 0.5, 0.5, -1.0]], 1),
         Err(Error::Variance { channel: 1, got: -1.0 })

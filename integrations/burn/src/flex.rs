@@ -67,11 +67,6 @@ impl Dense {
         Self { tensor, layout }
     }
 
-    /// Zeros in the shape and order of this one.
-    fn zeros<E: Element>(&self) -> Vec<E> {
-        bytemuck::zeroed_vec(self.tensor.layout().num_elements())
-    }
-
     /// A tensor of values in the shape and order of this one.
     fn filled<E: Element>(&self, values: Vec<E>) -> FlexTensor {
         let tensor = FlexTensor::from_data(TensorData::new(values, self.tensor.shape()));
@@ -158,8 +153,8 @@ impl<E: Element> Input<E> {
 /// Normalizes x with the statistics of the batch, which are returned. The tensors are x, gamma and beta.
 pub(crate) fn train<E: Element>(tensors: [FlexTensor; 3], epsilon: f64) -> (FlexTensor, Saved<E::Param>) {
     let Input { x, plan, gamma, beta } = Input::<E>::new(tensors, epsilon);
-    let (mut y, mut saved) = (x.zeros(), plan.saved());
-    checked(plan.forward_train(x.as_slice(), Affine::new(&gamma, &beta), &mut y, &mut saved));
+    let mut saved = plan.saved();
+    let y = checked(plan.forward_train_to_vec(x.as_slice(), Affine::new(&gamma, &beta), &mut saved));
     (x.filled(y), saved)
 }
 
@@ -179,11 +174,7 @@ pub(crate) fn normalize<E: Element>(
             checked(plan.normalize_in_place(x_and_y, affine, &saved));
             x.into_tensor()
         }
-        None => {
-            let mut y = x.zeros();
-            checked(plan.normalize(x.as_slice(), affine, &saved, &mut y));
-            x.filled(y)
-        }
+        None => x.filled(checked(plan.normalize_to_vec(x.as_slice(), affine, &saved))),
     };
     (y, saved)
 }
@@ -208,9 +199,7 @@ pub(crate) fn backward<E: Element>(
         checked(plan.backward_in_place(x, dy_and_dx, saved, affine, gradients));
         Some(dy.into_tensor())
     } else {
-        let mut dx = dy.zeros();
-        checked(plan.backward(x, dy.as_slice(), saved, affine, Gradients { dx: Some(&mut dx), ..gradients }));
-        Some(dy.filled(dx))
+        Some(dy.filled(checked(plan.backward_to_vec(x, dy.as_slice(), saved, affine, gradients))))
     };
     [dx, dgamma.map(|values| per_channel::<E>(&values)), dbeta.map(|values| per_channel::<E>(&values))]
 }

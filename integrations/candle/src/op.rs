@@ -50,22 +50,25 @@ impl<E: Float> Normalize<E> {
 
     fn forward(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = self.elements(storage, layout)?;
-        let y = filled(x.len(), |y| match self.saved.get() {
-            Some(saved) => self.plan.normalize(x, self.affine(), saved, y),
+        let y = match self.saved.get() {
+            Some(saved) => self.plan.normalize_to_vec(x, self.affine(), saved),
             None => {
                 let mut saved = self.plan.saved();
-                self.train(x, y, &mut saved)?;
-                // A second run would find the same.
-                let _ = self.saved.set(saved);
-                Ok(())
+                let y = self.train(x, &mut saved);
+                if y.is_ok() {
+                    // A second run would find the same.
+                    let _ = self.saved.set(saved);
+                }
+                y
             }
-        })?;
+        };
+        let y = y.map_err(Error::wrap)?;
         Ok((E::to_cpu_storage_owned(y), Shape::from(self.order.in_memory(layout.dims()))))
     }
 
-    fn train(&self, x: &[E], y: &mut [E], saved: &mut Saved<E::Param>) -> batchnorm::Result<()> {
+    fn train(&self, x: &[E], saved: &mut Saved<E::Param>) -> batchnorm::Result<Vec<E>> {
         if self.remove_mean {
-            return self.plan.forward_train(x, self.affine(), y, saved);
+            return self.plan.forward_train_to_vec(x, self.affine(), saved);
         }
         let mut moments = vec![Moments::default(); self.plan.shape().channels()];
         self.plan.moments(x, &mut moments)?;
@@ -74,7 +77,7 @@ impl<E: Float> Normalize<E> {
             *of = Moments { m2: of.m2 + of.count as f64 * of.mean * of.mean, count: of.count, ..Moments::default() };
         }
         self.plan.finish(&moments, saved)?;
-        self.plan.normalize(x, self.affine(), saved, y)
+        self.plan.normalize_to_vec(x, self.affine(), saved)
     }
 
     /// The gradients of x, gamma and beta, as far as candle keeps track of them.
@@ -88,15 +91,9 @@ impl<E: Float> Normalize<E> {
             let ((x_storage, x_layout), (dy_storage, dy_layout)) = (x.storage_and_layout(), dy.storage_and_layout());
             let values = self.elements(on_cpu(&x_storage)?, x_layout)?;
             let dy = self.elements(on_cpu(&dy_storage)?, dy_layout)?;
-            let mut differentiate = |dx: Option<&mut [E]>| {
-                let gradients =
-                    Gradients { dx, dgamma: dgamma.as_deref_mut(), dbeta: dbeta.as_deref_mut(), dresidual: None };
-                self.differentiate(values, dy, saved, gradients)
-            };
-            match x.track_op() {
-                true => Some(filled(values.len(), |dx| differentiate(Some(dx)))?),
-                false => differentiate(None).map(|()| None).map_err(Error::wrap)?,
-            }
+            let gradients =
+                Gradients { dgamma: dgamma.as_deref_mut(), dbeta: dbeta.as_deref_mut(), ..Default::default() };
+            self.differentiate(values, dy, saved, gradients, x.track_op()).map_err(Error::wrap)?
         };
         let of_parameter = |gradient: Option<Vec<E::Param>>, of: Option<&Tensor>| match (gradient, of) {
             (Some(gradient), Some(of)) => {
@@ -108,22 +105,30 @@ impl<E: Float> Normalize<E> {
         Ok((dx.map(of_x).transpose()?, of_parameter(dgamma, gamma)?, of_parameter(dbeta, beta)?))
     }
 
+    /// The gradient of x, if that is wanted, beside those asked for.
     fn differentiate(
         &self,
         x: &[E],
         dy: &[E],
         saved: &Saved<E::Param>,
         gradients: Gradients<'_, E>,
-    ) -> batchnorm::Result<()> {
-        if self.remove_mean {
-            return self.plan.backward(x, dy, saved, self.affine(), gradients);
+        wants_dx: bool,
+    ) -> batchnorm::Result<Option<Vec<E>>> {
+        match (self.remove_mean, wants_dx) {
+            (true, true) => return self.plan.backward_to_vec(x, dy, saved, self.affine(), gradients).map(Some),
+            (true, false) => return self.plan.backward(x, dy, saved, self.affine(), gradients).map(|()| None),
+            (false, _) => (),
         }
         let mut sums = vec![GradientSums::default(); self.plan.shape().channels()];
         self.plan.gradient_sums(x, dy, saved, self.affine(), &mut sums)?;
         self.plan.parameter_gradients(saved, &sums, gradients.dgamma, gradients.dbeta)?;
         // Nothing was subtracted, so nothing comes back through a mean. (Through constants nothing comes anyway.)
         sums.iter_mut().for_each(|sums| sums.dy = 0.0);
-        gradients.dx.map_or(Ok(()), |dx| self.plan.input_gradient(x, dy, saved, self.affine(), &sums, dx))
+        let input_gradient = || {
+            let mut dx = vec![E::default(); x.len()];
+            self.plan.input_gradient(x, dy, saved, self.affine(), &sums, &mut dx).map(|()| dx)
+        };
+        wants_dx.then(input_gradient).transpose()
     }
 }
 
@@ -174,11 +179,4 @@ fn on_cpu(storage: &Storage) -> Result<&CpuStorage> {
 /// Why a tensor is refused.
 pub(crate) fn not_on_cpu(device: &Device) -> Error {
     Error::Msg(format!("{NAME}: expected tensors on the CPU, got one on {:?}", device.location())).bt()
-}
-
-/// A vector of the elements that `write` writes. Memory that the system has just given is zero already.
-fn filled<E: Float>(len: usize, write: impl FnOnce(&mut [E]) -> batchnorm::Result<()>) -> Result<Vec<E>> {
-    let mut elements = vec![E::default(); len];
-    write(&mut elements).map_err(Error::wrap)?;
-    Ok(elements)
 }
