@@ -15,7 +15,7 @@ impl<E: Element> BatchNorm<E> {
     /// # Errors
     /// As [`BatchNorm::forward_train`]; [`Error::View`](crate::Error::View) for a plan with views or a mask.
     pub fn forward_train_to_vec(&self, x: &[E], affine: Affine<'_, E>, saved: &mut Saved<E::Param>) -> Result<Vec<E>> {
-        self.fresh(Side::Y, |to| self.train(InOut { from: self.source(Side::X, "x", x)?, to }, affine, saved))
+        self.fresh(self.source(Side::X, "x", x)?, |io| self.train(io, affine, saved))
     }
 
     /// [`BatchNorm::forward_infer`] to a new vector, the `y` that is returned.
@@ -28,7 +28,7 @@ impl<E: Element> BatchNorm<E> {
         affine: Affine<'_, E>,
         population: Population<'_, E::Param>,
     ) -> Result<Vec<E>> {
-        self.fresh(Side::Y, |to| self.infer(InOut { from: self.source(Side::X, "x", x)?, to }, affine, population))
+        self.fresh(self.source(Side::X, "x", x)?, |io| self.infer(io, affine, population))
     }
 
     /// [`BatchNorm::normalize`] to a new vector, the `y` that is returned.
@@ -36,7 +36,7 @@ impl<E: Element> BatchNorm<E> {
     /// # Errors
     /// As [`BatchNorm::normalize`]; [`Error::View`](crate::Error::View) for a plan with views or a mask.
     pub fn normalize_to_vec(&self, x: &[E], affine: Affine<'_, E>, saved: &Saved<E::Param>) -> Result<Vec<E>> {
-        self.fresh(Side::Y, |to| self.normalize_io(InOut { from: self.source(Side::X, "x", x)?, to }, affine, saved))
+        self.fresh(self.source(Side::X, "x", x)?, |io| self.normalize_io(io, affine, saved))
     }
 
     /// [`BatchNorm::backward`] with dx in a new vector, which is returned.
@@ -65,10 +65,8 @@ impl<E: Element> BatchNorm<E> {
         gradients: Gradients<'_, E>,
     ) -> Result<Vec<E>> {
         gradients.check_in_place()?;
-        self.fresh(Side::X, |to| {
-            let from = self.source(Side::Y, "dy", dy)?;
-            self.differentiate_slices(x, from, Some(InOut { from, to }), saved, affine, gradients)
-        })
+        let dy = self.source(Side::Y, "dy", dy)?;
+        self.fresh(dy, |io| self.differentiate_slices(x, dy, Some(io), saved, affine, gradients))
     }
 
     fn source<'a>(&self, side: Side, what: &'static str, tensor: &'a [E]) -> Result<Source<'a, E>> {
@@ -76,14 +74,16 @@ impl<E: Element> BatchNorm<E> {
         Ok(Source::new(tensor, side))
     }
 
-    /// The tensor that a pass writes.
-    fn fresh(&self, side: Side, pass: impl FnOnce(Disjoint<'_, E>) -> Result<()>) -> Result<Vec<E>> {
+    /// The tensor that a pass makes of another, whose length was checked: a wrong shape may be larger than any memory.
+    fn fresh(&self, from: Source<'_, E>, pass: impl FnOnce(InOut<'_, E>) -> Result<()>) -> Result<Vec<E>> {
         // Views leave elements alone.
         self.check_dense()?;
+        let side = if from.side() == Side::X { Side::Y } else { Side::X };
         let len = self.shape().len();
         let mut tensor = Vec::with_capacity(len);
         // SAFETY: the vector has room for so many elements, and nothing else accesses them. Passes do not read their target.
-        pass(unsafe { Disjoint::shown(tensor.as_mut_ptr(), len, side) })?;
+        let to = unsafe { Disjoint::shown(tensor.as_mut_ptr(), len, side) };
+        pass(InOut { from, to })?;
         // SAFETY: a pass that was not refused writes all elements of a dense tensor.
         unsafe { tensor.set_len(len) };
         Ok(tensor)

@@ -775,6 +775,12 @@ fn new_vectors_are_of_dense_tensors_and_hold_dx_alone() {
     assert_eq!(bn.backward_to_vec(&x, &x, &saved, none(), gradients), Err(Error::InPlace));
     assert_eq!(dx, [7.0; 24]);
 
+    // Nothing is allocated for a shape that the input does not have.
+    let samples = isize::MAX as usize / 128;
+    let vast = bn.with_shape(Shape::ncl(samples, 3, 4).unwrap()).unwrap();
+    let expected = Error::Length { what: "x", expected: 12 * samples, got: 24 };
+    assert_eq!(vast.forward_train_to_vec(&x, none(), &mut saved), Err(expected));
+
     let (masked, before) = (bn.with_mask(&[true; 8]).unwrap(), saved.clone());
     let population = Population { mean: &[0.0; 3], var: &[1.0; 3] };
     let refused = [

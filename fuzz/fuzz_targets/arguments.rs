@@ -331,6 +331,9 @@ fn check_forward<E: Tested>(case: &Case<E>) {
     let (mut y, mut out) = (x.clone(), saved.clone());
     let result = bn.forward_train_in_place(&mut y, affine, &mut out);
     judge("forward_train_in_place", result, allowed, same_bits(&y, x) && same_saved(&out, saved));
+    let mut out = saved.clone();
+    let result = bn.forward_train_to_vec(x, affine, &mut out).map(drop);
+    judge("forward_train_to_vec", result, allowed, same_saved(&out, saved));
 
     let mut out = moments.clone();
     let result = bn.moments(x, &mut out);
@@ -348,6 +351,7 @@ fn check_forward<E: Tested>(case: &Case<E>) {
     judge("normalize", bn.normalize(x, affine, saved, &mut y), allowed && y_fits, same_bits(&y, &case.y));
     let mut y = x.clone();
     judge("normalize_in_place", bn.normalize_in_place(&mut y, affine, saved), allowed, same_bits(&y, x));
+    judge("normalize_to_vec", bn.normalize_to_vec(x, affine, saved).map(drop), allowed, true);
 
     let population = Population { mean, var };
     let variances = case.is_channels(var.len()) && var.iter().all(|var| var.to_f64() >= 0.0);
@@ -358,6 +362,7 @@ fn check_forward<E: Tested>(case: &Case<E>) {
     let mut y = x.clone();
     let result = bn.forward_infer_in_place(&mut y, affine, population);
     judge("forward_infer_in_place", result, allowed, same_bits(&y, x));
+    judge("forward_infer_to_vec", bn.forward_infer_to_vec(x, affine, population).map(drop), allowed, true);
 }
 
 fn check_backward<E: Tested>(case: &Case<E>, input: &Input<'_>) {
@@ -393,6 +398,12 @@ fn check_backward<E: Tested>(case: &Case<E>, input: &Input<'_>) {
     let result = bn.backward_in_place(x, &mut dx, saved, Affine::of(gamma, None), gradients);
     let untouched = same_bits(&dx, dy) && same(&out_gamma, &dgamma) && same(&out_beta, &dbeta);
     judge("backward_in_place", result, allowed, untouched);
+
+    let (mut out_gamma, mut out_beta) = (dgamma.clone(), dbeta.clone());
+    let gradients =
+        Gradients { dgamma: out_gamma.as_deref_mut(), dbeta: out_beta.as_deref_mut(), ..Default::default() };
+    let result = bn.backward_to_vec(x, dy, saved, Affine::of(gamma, None), gradients).map(drop);
+    judge("backward_to_vec", result, allowed, same(&out_gamma, &dgamma) && same(&out_beta, &dbeta));
 
     let sums_fit = case.is_channels(sums.len());
     let mut out = sums.clone();

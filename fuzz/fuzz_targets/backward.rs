@@ -1,4 +1,4 @@
-//! Backward passes, in one call, in halves and in place, for any subset of the gradients, on every tier: the bits of
+//! Backward passes, in one call, in halves, in place and to new vectors, for any subset of the gradients, on every tier: the bits of
 //! the reference.
 #![no_main]
 
@@ -108,6 +108,16 @@ fn check_plan<E: Tested>(bn: &BatchNorm<E>, case: &Case<'_, E>) {
         let dy = out_dx.as_mut().map(Placed::get_mut).unwrap();
         let result = bn.backward_in_place(x, dy, saved, Affine::of(gamma, None), gradients);
         check_gradients("backward_in_place", bn, case, result, &out_dx, [&out_dgamma, &out_dbeta]);
+
+        let (mut out_dgamma, mut out_dbeta) = outputs();
+        let gradients = Gradients {
+            dgamma: out_dgamma.as_mut().map(Placed::get_mut),
+            dbeta: out_dbeta.as_mut().map(Placed::get_mut),
+            ..Default::default()
+        };
+        let result = bn.backward_to_vec(x, case.dy.get(), saved, Affine::of(gamma, None), gradients);
+        let result = result.map(|dx| assert_bits("backward_to_vec, dx", tier, &dx, &case.dx));
+        check_gradients("backward_to_vec", bn, case, result, &None, [&out_dgamma, &out_dbeta]);
     }
 }
 

@@ -1,4 +1,4 @@
-//! Forward passes, in one call, in halves and in place, on every tier: the bits of the reference.
+//! Forward passes, in one call, in halves, in place and to new vectors, on every tier: the bits of the reference.
 #![no_main]
 
 use arbitrary::Arbitrary;
@@ -75,6 +75,11 @@ fn check_plan<E: Tested>(bn: &BatchNorm<E>, case: &Case<'_, E>) {
     assert_saved("forward_train_in_place, saved", tier, &saved, &case.saved);
     assert_bits("forward_train_in_place", tier, y.get(), &case.y);
 
+    let mut saved = bn.saved();
+    let y = bn.forward_train_to_vec(x, affine, &mut saved).unwrap();
+    assert_saved("forward_train_to_vec, saved", tier, &saved, &case.saved);
+    assert_bits("forward_train_to_vec", tier, &y, &case.y);
+
     let mut moments = vec![Moments::default(); bn.shape().channels()];
     bn.moments(x, &mut moments).unwrap();
     assert_bits("moments", tier, &moments_parts(&moments), &moments_parts(&case.moments));
@@ -91,6 +96,8 @@ fn check_plan<E: Tested>(bn: &BatchNorm<E>, case: &Case<'_, E>) {
         let mut y = setting.placed(x);
         bn.normalize_in_place(y.get_mut(), affine, saved).unwrap();
         assert_bits(&format!("{what}, in place"), tier, y.get(), expected);
+        let y = bn.normalize_to_vec(x, affine, saved).unwrap();
+        assert_bits(&format!("{what}, to a vector"), tier, &y, expected);
     }
 
     let mut y = room();
@@ -99,4 +106,6 @@ fn check_plan<E: Tested>(bn: &BatchNorm<E>, case: &Case<'_, E>) {
     let mut y = setting.placed(x);
     bn.forward_infer_in_place(y.get_mut(), affine, population).unwrap();
     assert_bits("forward_infer_in_place", tier, y.get(), &case.inferred);
+    let y = bn.forward_infer_to_vec(x, affine, population).unwrap();
+    assert_bits("forward_infer_to_vec", tier, &y, &case.inferred);
 }
