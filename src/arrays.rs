@@ -230,12 +230,11 @@ fn order<E, D: Dimension>(x: &ArrayRef<E, D>, channels: Axis) -> Result<(Shape, 
     let mut others: Vec<_> = (0..sizes.len()).filter(|&axis| axis != channels && sizes[axis] != 1).collect();
     others.sort_by_key(|&axis| Reverse(stride(axis)));
     let around = others.partition_point(|&axis| stride(axis) > stride(channels));
-    let batch = (around > 0).then(|| others[0]);
-    if others.len() - usize::from(batch.is_some()) > 3 {
+    let layout = if around == others.len() { Layout::ChannelsLast } else { Layout::ChannelsFirst };
+    let batch = (around > 0).then(|| others.remove(0));
+    if others.len() > 3 {
         return Err(refused);
     }
-    let layout = if around == others.len() { Layout::ChannelsLast } else { Layout::ChannelsFirst };
-    others.drain(..usize::from(batch.is_some()));
     let spatial: Vec<_> = others.iter().map(|&axis| sizes[axis]).collect();
     let shape = Shape::new(layout, batch.map_or(1, |axis| sizes[axis]), sizes[channels], &spatial)?;
     let mut axes: Vec<_> = [batch].into_iter().chain(others.into_iter().map(Some)).collect();

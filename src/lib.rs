@@ -53,7 +53,7 @@
 //!   not overflow. A constant channel gives exactly beta.
 //! - **Errors.** Every bad argument gives an [`Error`], and then no output was touched. Nothing panics, but for
 //!   [`reference`](mod@reference), which expects slices of the right lengths.
-//! - **Memory.** A plan keeps its scratch; calls after the first allocate nothing.
+//! - **Memory.** A plan keeps its scratch; calls after the first allocate nothing but what they return.
 //!
 //! `whitening` computes in f64 with matrices, and makes promises of its own.
 //!

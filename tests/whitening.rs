@@ -2,7 +2,7 @@
 
 mod common;
 
-use batchnorm::whitening::{Method, Running, Saved, Whitening};
+use batchnorm::whitening::{Method, Projection, Running, Saved, Whitening};
 use batchnorm::{
     Affine, BatchNorm, Element, Error, Gradients, Layer, Layout, Momentum, Parallelism, Real, Shape, Variance,
 };
@@ -315,6 +315,17 @@ fn last<E: Element>(plan: &Whitening<E>, saved: &Saved) -> Running {
     running
 }
 
+/// A plan for six channels in groups of four, x and y of training, and inference with the statistics of that batch.
+fn projected(shape: Shape, seed: u64) -> (Whitening<f64>, [Vec<f64>; 2], Projection) {
+    let plan = Whitening::<f64>::new(shape).unwrap().with_group(4).unwrap();
+    let x = correlated::<f64>(&shape, seed);
+    let params: Vec<f64> = (0..6).map(|c| 1.0 + 0.1 * c as f64).collect();
+    let affine = Affine::new(&params, &params);
+    let Forward { y, saved } = forward(&plan, &x, affine);
+    let projection = plan.projection(&last(&plan, &saved), affine).unwrap();
+    (plan, [x, y], projection)
+}
+
 #[test]
 fn inference_with_the_statistics_of_the_batch_is_training() {
     for (shape, group) in shapes() {
@@ -337,13 +348,7 @@ fn inference_with_the_statistics_of_the_batch_is_training() {
 
 #[test]
 fn a_projection_is_a_matrix_and_an_offset() {
-    let shape = Shape::nc(40, 6).unwrap();
-    let plan = Whitening::<f64>::new(shape).unwrap().with_group(4).unwrap();
-    let x = correlated::<f64>(&shape, 20);
-    let params: Vec<f64> = (0..6).map(|c| 1.0 + 0.1 * c as f64).collect();
-    let affine = Affine::new(&params, &params);
-    let Forward { y, saved } = forward(&plan, &x, affine);
-    let projection = plan.projection(&last(&plan, &saved), affine).unwrap();
+    let (plan, [x, y], projection) = projected(Shape::nc(40, 6).unwrap(), 20);
     let (matrices, offsets) = (projection.matrices(), projection.offsets());
     assert_eq!(matrices.iter().map(Vec::len).collect::<Vec<_>>(), [16, 4]);
     for (n, row) in x.chunks(6).enumerate() {
@@ -417,13 +422,8 @@ fn running_statistics_move_as_they_are_told() {
 
 #[test]
 fn the_layer_after_it_takes_inference_in() {
-    let (outputs, taps, shape) = (3, 4, Shape::ncl(5, 6, 4).unwrap());
-    let plan = Whitening::<f64>::new(shape).unwrap().with_group(4).unwrap();
-    let x = correlated::<f64>(&shape, 14);
-    let params: Vec<f64> = (0..6).map(|c| 1.0 + 0.1 * c as f64).collect();
-    let affine = Affine::new(&params, &params);
-    let Forward { y, saved } = forward(&plan, &x, affine);
-    let projection = plan.projection(&last(&plan, &saved), affine).unwrap();
+    let (outputs, taps) = (3, 4);
+    let (_, [x, y], projection) = projected(Shape::ncl(5, 6, taps).unwrap(), 14);
     let weight: Vec<f64> = Data::Normal.fill(outputs * 6 * taps, 15);
     let (mut folded, mut bias) = (weight.clone(), vec![0.5; outputs]);
     let layer = Layer::convolution(outputs, 6, taps);

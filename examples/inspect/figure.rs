@@ -97,15 +97,16 @@ fn bars(panel: &Panel, found: &Found, name: &str, values: Range<f64>) -> Result<
         }
         let ends = [mean - std, mean + std].map(|y| (i as f64, inside(y)));
         chart.draw_series(LineSeries::new(ends, color.stroke_width(2)))?;
-        chart.draw_series([mark(i, inside(mean), inside(mean) != mean, color)])?;
+        chart.draw_series([mark(i, mean, (values.start, values.end), color)])?;
     }
     Ok(())
 }
 
-/// A dot, or a ring at an edge of the panel for a value beyond it or none.
-fn mark(channel: usize, value: f64, beyond: bool, color: RGBColor) -> Circle<(f64, f64), i32> {
-    let style = if beyond { color.stroke_width(2) } else { color.filled() };
-    Circle::new((channel as f64, value), 3, style)
+/// A dot, or a ring at an edge of the panel for a value beyond it, and at the lower one for none.
+fn mark(channel: usize, value: f64, (low, high): (f64, f64), color: RGBColor) -> Circle<(f64, f64), i32> {
+    let shown = if value.is_nan() { low } else { value.clamp(low, high) };
+    let style = if shown == value { color.filled() } else { color.stroke_width(2) };
+    Circle::new((channel as f64, shown), 3, style)
 }
 
 /// A dot for each channel, a ring at an edge where its value lies beyond or is none.
@@ -113,7 +114,7 @@ fn dots<Y>(
     panel: &Panel,
     found: &Found,
     name: &str,
-    (axis, (low, high)): (Y, (f64, f64)),
+    (axis, ends): (Y, (f64, f64)),
     marks: &dyn Fn(&f64) -> String,
     value: impl Fn(&Channel) -> f64,
 ) -> Result<()>
@@ -122,11 +123,7 @@ where
     Y::CoordDescType: ValueFormatter<f64>,
 {
     let mut chart = axes!(panel, found, name, axis, marks);
-    let dots = found.channels.iter().enumerate().map(|(i, (channel, fault))| {
-        let value = value(channel);
-        let shown = if value.is_nan() { low } else { value.clamp(low, high) };
-        mark(i, shown, shown != value, color(*fault))
-    });
-    chart.draw_series(dots)?;
+    let dots = found.channels.iter().enumerate();
+    chart.draw_series(dots.map(|(i, (channel, fault))| mark(i, value(channel), ends, color(*fault))))?;
     Ok(())
 }

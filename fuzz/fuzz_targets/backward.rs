@@ -90,35 +90,29 @@ fn check_plan<E: Tested>(bn: &BatchNorm<E>, case: &Case<'_, E>) {
             (param(dgamma), param(dbeta))
         };
         let (mut out_dx, (mut out_dgamma, mut out_dbeta)) = (dx.then(room), outputs());
-        let gradients = Gradients {
-            dx: out_dx.as_mut().map(Placed::get_mut),
-            dgamma: out_dgamma.as_mut().map(Placed::get_mut),
-            dbeta: out_dbeta.as_mut().map(Placed::get_mut),
-            ..Default::default()
-        };
+        let dx = out_dx.as_mut().map(Placed::get_mut);
+        let gradients = Gradients { dx, ..asked([&mut out_dgamma, &mut out_dbeta]) };
         let result = bn.backward(x, dy, saved, Affine::of(gamma, None), gradients);
         check_gradients("backward", bn, case, result, &out_dx, [&out_dgamma, &out_dbeta]);
 
         let (mut out_dx, (mut out_dgamma, mut out_dbeta)) = (Some(case.setting.placed(dy)), outputs());
-        let gradients = Gradients {
-            dgamma: out_dgamma.as_mut().map(Placed::get_mut),
-            dbeta: out_dbeta.as_mut().map(Placed::get_mut),
-            ..Default::default()
-        };
+        let gradients = asked([&mut out_dgamma, &mut out_dbeta]);
         let dy = out_dx.as_mut().map(Placed::get_mut).unwrap();
         let result = bn.backward_in_place(x, dy, saved, Affine::of(gamma, None), gradients);
         check_gradients("backward_in_place", bn, case, result, &out_dx, [&out_dgamma, &out_dbeta]);
 
         let (mut out_dgamma, mut out_dbeta) = outputs();
-        let gradients = Gradients {
-            dgamma: out_dgamma.as_mut().map(Placed::get_mut),
-            dbeta: out_dbeta.as_mut().map(Placed::get_mut),
-            ..Default::default()
-        };
+        let gradients = asked([&mut out_dgamma, &mut out_dbeta]);
         let result = bn.backward_to_vec(x, case.dy.get(), saved, Affine::of(gamma, None), gradients);
         let result = result.map(|dx| assert_bits("backward_to_vec, dx", tier, &dx, &case.dx));
         check_gradients("backward_to_vec", bn, case, result, &None, [&out_dgamma, &out_dbeta]);
     }
+}
+
+/// The gradients of gamma and beta that there is room for.
+fn asked<E: Tested>([dgamma, dbeta]: [&mut Option<Placed<E::Param>>; 2]) -> Gradients<'_, E> {
+    let [dgamma, dbeta] = [dgamma, dbeta].map(|room| room.as_mut().map(Placed::get_mut));
+    Gradients { dgamma, dbeta, ..Default::default() }
 }
 
 /// Compares what was asked for. Statistics of another number of values are for the halves alone.
