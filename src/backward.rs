@@ -144,6 +144,7 @@ impl<E: Element, U, const K: usize> GradientSumsOf<'_, E, U, K> {
 }
 
 impl<E: Element, U: Upstream<E>, const K: usize> Reduction<E, 2> for GradientSumsOf<'_, E, U, K> {
+    const TENSORS: usize = 2;
     type Block<I: Isa> = gradient::Block<I, E, K>;
 
     #[inline(always)]

@@ -96,6 +96,7 @@ impl<E: Element> Packs<E> for MomentsOf<'_, E> {
 }
 
 impl<E: Element> Reduction<E, 3> for MomentsOf<'_, E> {
+    const TENSORS: usize = 1;
     type Block<I: Isa> = moments::Block<I, E>;
 
     #[inline(always)]

@@ -81,14 +81,6 @@ impl Band {
     pub(crate) fn shifted(self, by: usize) -> Self {
         Self { start: self.start + by, ..self }
     }
-
-    /// Cuts off the first `len` elements of the runs, or all.
-    pub(crate) fn split(&mut self, len: usize) -> Self {
-        let first = Self { len: len.min(self.len), ..*self };
-        self.start += first.len;
-        self.len -= first.len;
-        first
-    }
 }
 
 impl Runs {
@@ -155,7 +147,9 @@ impl Planar {
     }
 
     fn planes_per_block(&self) -> usize {
-        PLANAR_BLOCK / self.plane.max(1)
+        let planes = PLANAR_BLOCK / self.plane.max(1);
+        // Whole bands.
+        if planes < BAND { planes } else { planes / BAND * BAND }
     }
 
     pub(crate) fn block(&self, channel: usize, block: usize) -> Runs {

@@ -12,7 +12,7 @@ use crate::grid::{Geometry, Parallelism, among};
 use crate::kernel::map::{Map, Target};
 use crate::moments::{AffineGradientsTo, Saved, check_eps};
 use crate::operation::{Job, NormalizeTo, Operation, Origin};
-use crate::pass::{BATCH, Context, Given};
+use crate::pass::{Context, Given};
 use crate::running::{Momentum, Population, Running, Variance, check_variances};
 use crate::scratch::{Need, Pool};
 use crate::shape::Shape;
@@ -37,10 +37,6 @@ pub enum Stores {
 pub(crate) const LARGE: usize = 8 << 20;
 /// The same for a pass that reduces nothing: it needs room for its tensors once.
 pub(crate) const LARGE_ALONE: usize = 16 << 20;
-/// Bytes of the channels that a thread reduces before it writes the first of them: small enough for a second-level cache,
-/// large enough for long stretches of memory.
-const BATCH_BYTES: usize = 600 << 10;
-
 /// Batch Normalization (Ioffe & Szegedy 2015) of tensors of one shape and element type.
 ///
 /// A plan checks its shape and options once, and each call checks the lengths of its slices; nothing is written
@@ -288,14 +284,11 @@ impl<E: Element> BatchNorm<E> {
     /// For tensors of `T`.
     fn context_of<T>(&self) -> Context<'_> {
         let bytes = self.shape.len() * size_of::<T>();
-        let channel = (self.shape.count() * size_of::<T>()).max(1);
-        let batch = (BATCH_BYTES / channel).clamp(1, BATCH);
         let workers = self.parallelism.workers(bytes);
         Context {
             geometry: self.geometry,
             tier: self.tier,
             workers,
-            batch,
             views: self.views.as_deref(),
             large: bytes >= LARGE || self.stores == Stores::Streaming,
         }

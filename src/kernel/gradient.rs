@@ -266,6 +266,7 @@ impl<E: Element, U: Upstream<E>> Pair<'_, E, U> {
 /// `dy` and `dy * (x - hi) * inv_std`, `hi` the rounded mean; the parameters are `[hi, inv_std]` and, where the upstream
 /// gradient needs them, the forward pass's `[scale, shift]`.
 impl<I: Isa, E: Element, U: Upstream<E>, const K: usize> Terms<I, K> for Pair<'_, E, U> {
+    const TENSORS: usize = 2;
     type Vector = Compute<I, E>;
 
     #[inline(always)]

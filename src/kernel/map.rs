@@ -3,8 +3,6 @@
 //! The values do not depend on where a vector begins, so vectors in the middle begin where stores are aligned, and
 //! the first and the last one overlap them.
 
-use core::ops::Range;
-
 use crate::simd::{Compute, Isa, Lanes, MAX_LANES, Storage, Vector};
 use crate::tensor::Disjoint;
 use crate::view::Packs;
@@ -140,163 +138,100 @@ impl<R: Lanes> Periodic<'_, R> {
     }
 }
 
-/// Writes the elements of consecutive planes, one channel after another, a part at a time. Stores are whole vectors,
-/// aligned, but for the first and the last.
+/// Consecutive planes, or a part of them: what [`over_planes`] writes.
 #[derive(Clone, Copy)]
-pub(crate) struct Planes<'a, M: Map<K>, const K: usize> {
-    map: M,
-    plane: usize,
-    target: Target<'a, M::Element>,
-    /// The next element to be written, its channel among the parameters, and the end of its plane.
+pub(crate) struct Planes {
+    /// Elements of a plane.
+    pub(crate) plane: usize,
+    /// The first element to be written, its channel among the parameters, and the end of its plane.
     pub(crate) at: usize,
-    channel: usize,
-    plane_end: usize,
+    pub(crate) channel: usize,
+    pub(crate) plane_end: usize,
+    /// The end of what is to be written.
     pub(crate) end: usize,
-    /// Elements before the first aligned vector, as long as they are not written.
-    head: usize,
-    /// How far from what is written elements are prefetched to be read, and to be written; 0 for none.
+    /// How far from what is written elements are prefetched to be read; 0 for none.
     pub(crate) ahead: usize,
-    pub(crate) to_ahead: usize,
 }
 
 /// Of each channel; after the last one comes the first again.
 type Params<'p, M, const K: usize> = &'p [[<<M as Map<K>>::Element as Storage>::Compute; K]];
 
-impl<'a, M: Map<K>, const K: usize> Planes<'a, M, K> {
-    const LANES: usize = Target::<M::Element>::LANES;
-
-    /// The elements of `range`, the first in the plane that ends at `plane_end`, of a channel given by its place among the
-    /// parameters.
-    ///
-    /// # Safety
-    /// The range lies inside the tensors that `map` was made for and the one of `target`, and nothing else accesses those
-    /// elements of it until all are written.
-    pub(crate) unsafe fn new(
-        map: M,
-        plane: usize,
-        (range, channel, plane_end): (Range<usize>, usize, usize),
-        target: Target<'a, M::Element>,
-    ) -> Self {
-        let Range { start: at, end } = range;
-        let head = target.unaligned(at, Self::LANES).unwrap_or(0).min(end - at);
-        Self { map, plane, target, at, channel, plane_end, end, head, ahead: 0, to_ahead: 0 }
-    }
-
-    #[inline(always)]
-    fn splat<I: Isa>(&self, isa: I, params: Params<'_, M, K>) -> [Compute<I, M::Element>; K] {
-        let mut vectors = [Compute::<I, M::Element>::splat(isa, Default::default()); K];
-        for (vector, &param) in vectors.iter_mut().zip(&params[self.channel]) {
-            *vector = Compute::<I, M::Element>::splat(isa, param);
-        }
-        vectors
-    }
-
-    /// Writes the vectors that end up to `to`, and at the end of the range what is left; the first elements always.
-    #[inline(always)]
-    pub(crate) fn write_to<I: Isa>(&mut self, isa: I, params: Params<'_, M, K>, to: usize) {
-        let to = to.min(self.end);
-        // SAFETY: the elements lie inside the range, whose end neither the head nor `to` passes; see `new`.
-        unsafe {
-            if self.head > 0 {
-                self.some::<I, false, false>(isa, params, self.head);
-                self.head = 0;
-            }
-            if self.target.streaming {
-                self.whole::<I, true>(isa, params, to);
-            } else {
-                self.whole::<I, false>(isa, params, to);
-            }
-            if to == self.end && self.at < to {
-                self.some::<I, false, false>(isa, params, to - self.at);
-            }
+/// Writes the elements of planes, one channel after another. Stores are whole vectors, aligned, but for the first and the last.
+///
+/// # Safety
+/// The elements lie inside the tensors that `map` was made for and the one of `target`, and nothing else accesses those of it
+/// meanwhile.
+#[inline(always)]
+pub(crate) unsafe fn over_planes<I: Isa, M: Map<K>, const K: usize>(
+    isa: I,
+    map: M,
+    planes: Planes,
+    params: Params<'_, M, K>,
+    target: Target<'_, M::Element>,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match (target.streaming, planes.ahead != 0) {
+            (true, true) => write_planes::<I, M, K, true, true>(isa, map, planes, params, target),
+            (true, false) => write_planes::<I, M, K, true, false>(isa, map, planes, params, target),
+            (false, true) => write_planes::<I, M, K, false, true>(isa, map, planes, params, target),
+            (false, false) => write_planes::<I, M, K, false, false>(isa, map, planes, params, target),
         }
     }
+}
 
-    /// Whole vectors, of one or more planes each.
-    #[inline(always)]
-    unsafe fn whole<I: Isa, const STREAM: bool>(&mut self, isa: I, params: Params<'_, M, K>, to: usize) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            while self.at + Self::LANES <= to {
-                let end = to.min(self.plane_end);
-                if self.at + Self::LANES > self.plane_end {
-                    self.some::<I, true, STREAM>(isa, params, Self::LANES);
-                } else if self.ahead != 0 || self.to_ahead != 0 {
-                    self.within_plane::<I, STREAM, true>(isa, params, end);
-                } else {
-                    self.within_plane::<I, STREAM, false>(isa, params, end);
+#[inline(always)]
+unsafe fn write_planes<I: Isa, M: Map<K>, const K: usize, const STREAM: bool, const ASK: bool>(
+    isa: I,
+    map: M,
+    Planes { plane, mut at, mut channel, mut plane_end, end, ahead }: Planes,
+    params: Params<'_, M, K>,
+    target: Target<'_, M::Element>,
+) {
+    let lanes = Compute::<I, M::Element>::LANES;
+    let of = |channel: usize| params[channel].map(|param| Compute::<I, M::Element>::splat(isa, param));
+    let mut vectors = of(channel);
+    // Elements before the first aligned vector, then whole vectors, then what is left.
+    let mut n = match target.unaligned(at, lanes).unwrap_or(0).min(end - at) {
+        0 => lanes.min(end - at),
+        head => head,
+    };
+    while n > 0 {
+        let first = at;
+        at += n;
+        // The parameters of a vector of several planes are mixed.
+        let mut mixed = vectors;
+        while plane_end <= at {
+            let done = plane_end - first;
+            (channel, plane_end) = (if channel + 1 == params.len() { 0 } else { channel + 1 }, plane_end + plane);
+            vectors = of(channel);
+            if done < n {
+                for (mixed, vector) in mixed.iter_mut().zip(vectors) {
+                    *mixed = mixed.first(done, vector);
                 }
             }
         }
-    }
-
-    /// Whole vectors of one plane, with or without prefetches.
-    #[inline(always)]
-    unsafe fn within_plane<I: Isa, const STREAM: bool, const ASK: bool>(
-        &mut self,
-        isa: I,
-        params: Params<'_, M, K>,
-        to: usize,
-    ) {
-        let vectors = self.splat(isa, params);
-        let mut at = self.at;
-        while at + Self::LANES <= to {
-            if ASK && self.ahead != 0 {
-                self.map.prefetch(isa, at.wrapping_add(self.ahead));
-            }
-            if ASK && self.to_ahead != 0 {
-                isa.prefetch_write(self.target.to.as_ptr().wrapping_add(at + self.to_ahead).cast());
-            }
-            // SAFETY: the caller's promise.
-            unsafe {
-                let value = self.map.at::<I, true>(isa, &vectors, at, Self::LANES);
-                self.target.store::<I, STREAM>(isa, value, at);
-            }
-            at += Self::LANES;
-        }
-        self.at = at;
-        if at == self.plane_end {
-            self.pass_plane(params.len());
-        }
-    }
-
-    /// The next `n` elements, a whole vector if `FULL`, in any number of planes.
-    #[inline(always)]
-    unsafe fn some<I: Isa, const FULL: bool, const STREAM: bool>(
-        &mut self,
-        isa: I,
-        params: Params<'_, M, K>,
-        n: usize,
-    ) {
-        let at = self.at;
-        let mut vectors = self.splat(isa, params);
-        self.at += n;
-        while self.plane_end < self.at {
-            let done = self.plane_end - at;
-            self.pass_plane(params.len());
-            for (vector, next) in vectors.iter_mut().zip(self.splat(isa, params)) {
-                *vector = vector.first(done, next);
-            }
-        }
-        // SAFETY: the caller's promise, for both.
+        // SAFETY: the elements lie before the end, up to which the caller promises.
         unsafe {
-            let value = self.map.at::<I, FULL>(isa, &vectors, at, n);
-            if FULL {
-                self.target.store::<I, STREAM>(isa, value, at);
+            if n == lanes {
+                let value = map.at::<I, true>(isa, &mixed, first, n);
+                target.store::<I, STREAM>(isa, value, first);
             } else {
-                M::Element::store_first(isa, value, self.target.to.as_ptr().add(at), n);
+                let value = map.at::<I, false>(isa, &mixed, first, n);
+                M::Element::store_first(isa, value, target.to.as_ptr().add(first), n);
+            }
+            // Whole vectors of this plane.
+            let to = plane_end.min(end);
+            while at + lanes <= to {
+                if ASK {
+                    map.prefetch(isa, at.wrapping_add(ahead));
+                }
+                let value = map.at::<I, true>(isa, &vectors, at, lanes);
+                target.store::<I, STREAM>(isa, value, at);
+                at += lanes;
             }
         }
-        if self.at == self.plane_end {
-            self.pass_plane(params.len());
-        }
-    }
-
-    /// Goes on to the next plane.
-    #[inline(always)]
-    fn pass_plane(&mut self, channels: usize) {
-        self.plane_end += self.plane;
-        self.channel = if self.channel + 1 == channels { 0 } else { self.channel + 1 };
+        n = lanes.min(end - at);
     }
 }
 
@@ -369,13 +304,20 @@ unsafe fn rows<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
             i += rows * period;
         }
         while i + lanes <= len {
-            if STREAM {
-                map.prefetch(isa, start + i + AHEAD / size_of::<M::Element>());
+            // To the end of the row, without a look at where it is.
+            let first = params;
+            let vectors = (period - first.column).div_ceil(lanes).min((len - i) / lanes);
+            for v in 0..vectors {
+                let at = start + i + v * lanes;
+                if STREAM {
+                    map.prefetch(isa, at + AHEAD / size_of::<M::Element>());
+                }
+                params.column = first.column + v * lanes;
+                let value = map.at::<I, true>(isa, &params.get(isa), at, lanes);
+                target.store::<I, STREAM>(isa, value, at);
             }
-            let value = map.at::<I, true>(isa, &params.get(isa), start + i, lanes);
-            target.store::<I, STREAM>(isa, value, start + i);
             params.pass(lanes);
-            i += lanes;
+            i += vectors * lanes;
         }
         if i < len {
             let value = map.at::<I, false>(isa, &params.get(isa), start + i, len - i);

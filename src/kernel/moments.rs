@@ -49,6 +49,7 @@ impl<I: Isa, E: Element, L: Load<I, Element = E>, const PLAIN: bool> Terms<I, 1>
 where
     <L::Vector as Vector<I>>::Scalar: Real,
 {
+    const TENSORS: usize = 1;
     type Vector = L::Vector;
 
     #[inline(always)]

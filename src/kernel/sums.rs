@@ -12,8 +12,16 @@ pub(crate) const GROUP: usize = BAND;
 /// Groups that are added up before they are widened to f64.
 pub(crate) const GROUPS: usize = 4;
 
+/// Bytes that are asked for ahead in each of the rows that are read at a time, which the CPU does not foresee well.
+const AHEAD: usize = 512;
+/// Bytes from one row to the next, in all tensors, from which on fewer rows are read at a time: lines so far apart crowd the same few
+/// places of a first-level cache.
+const FAR: usize = 4096;
+
 /// Two terms per element, made of `K` parameters of the channel.
 pub(crate) trait Terms<I: Isa, const K: usize> {
+    /// Tensors that are read.
+    const TENSORS: usize;
     /// The vector that the terms are computed in.
     type Vector: Vector<I>;
 
@@ -248,15 +256,13 @@ pub(crate) struct RowBlock {
     pub(crate) columns: (usize, usize),
     /// The channel of the first column; not zero where a tile of columns was packed.
     pub(crate) base: usize,
-    /// Whether rows are asked for ahead: several are read at a time, which the CPU does not foresee well.
-    pub(crate) prefetches: bool,
 }
 
 /// Memory for the sums of rows: each array has a value per column, up to whole vectors.
 pub(crate) struct Columns<'a, R> {
     /// The parameters of the terms, array after array.
     pub(crate) params: &'a mut [R],
-    /// The accumulators of both terms.
+    /// The accumulators of both terms, between sweeps.
     pub(crate) narrow: [&'a mut [R]; 2],
     /// The sums of both terms.
     pub(crate) wide: [&'a mut [f64]; 2],
@@ -274,6 +280,25 @@ pub(crate) unsafe fn over_rows<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vect
     block: RowBlock,
     columns: &mut Columns<'_, R>,
 ) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if block.period * T::TENSORS < FAR / size_of::<R>() {
+            sweeps::<I, R, T, K, GROUPS>(isa, terms, block, columns);
+        } else {
+            sweeps::<I, R, T, K, { GROUPS / 2 }>(isa, terms, block, columns);
+        }
+    }
+    columns.join(block);
+}
+
+/// The sums of columns, `H` groups of rows at a time.
+#[inline(always)]
+unsafe fn sweeps<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vector<I>>, const K: usize, const H: usize>(
+    isa: I,
+    terms: &T,
+    block: RowBlock,
+    columns: &mut Columns<'_, R>,
+) {
     let lanes = R::Vector::<I>::LANES;
     let (first, last) = block.columns;
     let padded = columns.wide[0].len();
@@ -281,62 +306,55 @@ pub(crate) unsafe fn over_rows<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vect
     assert!(columns.params.len() >= K * padded && columns.wide[1].len() == padded);
     assert!(columns.narrow.iter().all(|narrow| narrow.len() == padded));
     let params_at = columns.params.as_ptr();
-    let [a_at, b_at] = [columns.narrow[0].as_mut_ptr(), columns.narrow[1].as_mut_ptr()];
+    let narrow = columns.narrow.each_mut().map(|narrow| narrow.as_mut_ptr());
     let zero = R::Vector::<I>::splat(isa, R::default());
     // Places in the arrays count from the first column.
     let width = last - first;
-    let end = width.next_multiple_of(lanes);
-    columns.wide.iter_mut().for_each(|wide| wide[..end].fill(0.0));
-    let [wide_a, wide_b] = [columns.wide[0].as_mut_ptr(), columns.wide[1].as_mut_ptr()];
-    // SAFETY: columns c..c + lanes lie below `padded`, the length of all arrays, by the assertions.
-    unsafe {
-        let mut c = 0;
-        while c < end {
-            zero.store(a_at.add(c));
-            zero.store(b_at.add(c));
-            c += lanes;
-        }
-        let rows = block.len.div_ceil(block.period);
-        let mut groups = 0;
-        let mut row = 0;
-        while row < rows {
-            let whole = (row + GROUP) * block.period <= block.len;
-            let from = block.start + row * block.period + first;
-            let mut c = 0;
-            while c < width {
+    columns.wide.iter_mut().for_each(|wide| wide[..width.next_multiple_of(lanes)].fill(0.0));
+    let wide = columns.wide.each_mut().map(|wide| wide.as_mut_ptr());
+    // Elements from one group of rows to the next, and of all groups of a sweep.
+    let (step, tall) = (GROUP * block.period, H * GROUP * block.period);
+    let ahead = AHEAD / size_of::<R>();
+    for (sweep, from) in (0..block.len).step_by(tall).enumerate() {
+        let (begins, ends) =
+            (sweep % (GROUPS / H) == 0, sweep % (GROUPS / H) == GROUPS / H - 1 || from + tall >= block.len);
+        for c in (0..width).step_by(lanes) {
+            // SAFETY: columns c..c + lanes lie below `padded`, the length of all arrays, by the assertions; the elements inside the
+            // block, which is the caller's promise.
+            unsafe {
                 let mut params = [zero; K];
                 for (k, vector) in params.iter_mut().enumerate() {
                     *vector = R::Vector::<I>::load(isa, params_at.add(k * padded + c));
                 }
-                let at = from + c;
-                let (ga, gb) = if whole && c + lanes <= width {
-                    let ahead = if block.prefetches { GROUP * block.period } else { 0 };
-                    group::<I, T, K, true>(isa, terms, &params, (at, lanes), block.period, ahead)
+                let [mut a, mut b] =
+                    if begins { [zero; 2] } else { narrow.map(|narrow| R::Vector::<I>::load(isa, narrow.add(c))) };
+                let at = block.start + from + first + c;
+                if from + tall <= block.len && c + lanes <= width {
+                    // At the end of these rows what follows in the next ones.
+                    let ahead = if c + ahead < width { ahead } else { ahead + tall - width };
+                    for g in 0..H {
+                        let at = (at + g * step, lanes);
+                        let (ga, gb) = group::<I, T, K, true>(isa, terms, &params, at, block.period, ahead);
+                        (a, b) = (a.add(ga), b.add(gb));
+                    }
                 } else {
-                    let rest =
-                        |j: usize| (width - c).min(block.len.saturating_sub(at + j * block.period - block.start));
-                    partial(isa, terms, &params, at, block.period, 0, rest)
-                };
-                R::Vector::<I>::load(isa, a_at.add(c)).add(ga).store(a_at.add(c));
-                R::Vector::<I>::load(isa, b_at.add(c)).add(gb).store(b_at.add(c));
-                c += lanes;
-            }
-            row += GROUP;
-            groups += 1;
-            if groups == GROUPS || row >= rows {
-                groups = 0;
-                let mut c = 0;
-                while c < end {
-                    R::Vector::<I>::load(isa, a_at.add(c)).add_widened(wide_a.add(c));
-                    R::Vector::<I>::load(isa, b_at.add(c)).add_widened(wide_b.add(c));
-                    zero.store(a_at.add(c));
-                    zero.store(b_at.add(c));
-                    c += lanes;
+                    for group in (0..tall.min(block.len - from)).step_by(step) {
+                        let left = (block.len - from - group).saturating_sub(first + c);
+                        let rest = |j: usize| (width - c).min(left.saturating_sub(j * block.period));
+                        let (ga, gb) = partial(isa, terms, &params, at + group, block.period, 0, rest);
+                        (a, b) = (a.add(ga), b.add(gb));
+                    }
+                }
+                if ends {
+                    a.add_widened(wide[0].add(c));
+                    b.add_widened(wide[1].add(c));
+                } else {
+                    a.store(narrow[0].add(c));
+                    b.store(narrow[1].add(c));
                 }
             }
         }
     }
-    columns.join(block);
 }
 
 impl<R> Columns<'_, R> {

@@ -7,8 +7,6 @@ mod rows;
 use core::marker::PhantomData;
 use core::ops::Range;
 
-use planar::{Closing, Reader, Reduce, Writing};
-
 use crate::element::{Element, Real};
 use crate::grid::{Band, Geometry, Planar, Rows, Runs, for_each_piece, pieces};
 use crate::kernel::map::{Map, Target};
@@ -23,11 +21,16 @@ use crate::view::{Pack, Packs, Views, room_for};
 const TERM_PARAMS: usize = 4;
 /// Elements that are mapped at a stretch, but no fewer than a few rows.
 const MAP_STRETCH: usize = 16384;
+/// The same where tensors come from memory, whose elements are asked for ahead up to the end of a stretch.
+const LARGE_STRETCH: usize = 1 << 18;
 /// The most channels of a batch.
 pub(crate) const BATCH: usize = 16;
-/// The shortest plane, and the shortest run of the planes of a batch, that a pass goes over once; in bytes.
+/// The shortest plane that a pass goes over once, in bytes.
 const FUSED_PLANE: usize = 512;
-const FUSED_RUN: usize = 4096;
+/// Bytes of the channels that a thread reduces before it maps the first of them: two such batches fit in a second-level cache.
+const BATCH_BYTES: usize = 400 << 10;
+/// The most bytes of a batch that is asked for while another is written.
+const AHEAD_BATCH: usize = 768 << 10;
 /// Elements of a tile that is packed: a few of them stay in a second-level cache.
 const PACKED_TILE: usize = 65536;
 /// Merges of one channel that are worth another thread.
@@ -39,6 +42,8 @@ pub(crate) type Each<T> = [T; BATCH];
 
 /// The first half of a pass: `S` values in f64 per channel.
 pub(crate) trait Reduction<E: Element, const S: usize>: Packs<E> + Sync {
+    /// Tensors that are read.
+    const TENSORS: usize;
     /// What is known of a block of a channel while its runs are read.
     type Block<I: Isa>: Copy;
 
@@ -104,8 +109,6 @@ pub(crate) struct Context<'v> {
     pub(crate) geometry: Geometry,
     pub(crate) tier: Dispatched,
     pub(crate) workers: usize,
-    /// Channels that a thread takes at once, at most [`BATCH`].
-    pub(crate) batch: usize,
     /// Whether tensors come from memory: then it pays to ask for them ahead, and to read them once.
     pub(crate) large: bool,
     /// Where the elements lie, if not one after the other.
@@ -120,9 +123,13 @@ impl<'v> Context<'v> {
 
     /// Whether both halves go over the tensor together: not where it stays in a cache, nor in short steps.
     fn fused<E>(&self, planar: Planar) -> bool {
-        let plane = planar.plane * size_of::<E>();
-        let run = plane * self.batch.min(planar.channels);
-        self.large && plane >= FUSED_PLANE && run >= FUSED_RUN && self.by_channel(planar)
+        self.large && planar.plane * size_of::<E>() >= FUSED_PLANE && self.by_channel(planar)
+    }
+
+    /// Elements that are mapped at a stretch, of rows so long if there are any.
+    fn stretch(&self, row: usize) -> usize {
+        let least = if self.large && self.views.is_none() { LARGE_STRETCH } else { MAP_STRETCH };
+        least.max(8 * row)
     }
 
     /// Scratch for a reduction to `S` values and a map of `K` coefficients; either may be 0 for none.
@@ -169,10 +176,10 @@ impl<'v> Context<'v> {
     /// The most elements that are packed at once.
     fn packed(&self) -> usize {
         match self.geometry {
-            Geometry::Planar(planar) => MAP_STRETCH.min(planar.planes * planar.pitch()),
+            Geometry::Planar(planar) => self.stretch(0).min(planar.planes * planar.pitch()),
             Geometry::Rows(rows) => {
                 let tile = rows.longest().saturating_mul(self.row_width(rows).min(rows.channels));
-                tile.max(row_stretch(rows).min(rows.rows * rows.channels))
+                tile.max(self.stretch(rows.period()).min(rows.rows * rows.channels))
             }
         }
     }
@@ -185,11 +192,11 @@ impl<'v> Context<'v> {
         let (blocks, stretches) = match self.geometry {
             Geometry::Planar(planar) => (
                 planar.channels.saturating_mul(planar.blocks()),
-                (planar.planes * planar.pitch()).div_ceil(MAP_STRETCH),
+                (planar.planes * planar.pitch()).div_ceil(self.stretch(0)),
             ),
             Geometry::Rows(rows) => (
                 rows.blocks().saturating_mul(self.tiles(rows)),
-                (rows.rows * rows.channels).div_ceil(row_stretch(rows)),
+                (rows.rows * rows.channels).div_ceil(self.stretch(rows.period())),
             ),
         };
         pieces(self.workers, blocks.max(stretches)).saturating_mul(room_for(self.packed()))
@@ -249,11 +256,18 @@ impl<'v> Context<'v> {
         match self.geometry {
             Geometry::Planar(planar) if self.fused::<E>(planar) => {
                 for_each_piece(self.workers, planar.channels, &|_, channels| {
-                    let reader = self.reader(planar, channels, reduction);
-                    // SAFETY: these channels belong to this piece alone.
-                    let mut writing = unsafe { Writing::new(self.tier, &reader, map, target, close) };
-                    dispatch(self.tier, Reduce { reader, beside: &mut writing });
-                    writing.finish();
+                    let end = channels.end;
+                    self.reduce_channels(planar, channels, reduction, &|read, values| {
+                        let mut params = [[E::Param::default(); K]; BATCH];
+                        transpose(&plain(close(read.clone(), values)), &mut params);
+                        // The next batch is asked for while this one is written, which leaves the read side of memory idle.
+                        let bytes = channel_bytes::<E, R, S>(planar) * read.len();
+                        let ahead = if read.end < end && bytes <= AHEAD_BATCH { read.len() * planar.plane } else { 0 };
+                        // SAFETY: these channels belong to this piece alone.
+                        unsafe {
+                            planar::map_batch(self.tier, planar, map, target, &params[..read.len()], read, ahead)
+                        };
+                    });
                     self.fence(target);
                 });
             }
@@ -368,8 +382,16 @@ impl<'v> Context<'v> {
         (wide, narrow, Disjoint::elements(room))
     }
 
-    fn reader<E, R>(self, planar: Planar, channels: Range<usize>, reduction: &R) -> Reader<'_, E, R> {
-        Reader { planar, channels, reduction, batch: self.batch, prefetches: self.large, element: PhantomData }
+    /// Reduces whole channels, batch by batch.
+    fn reduce_channels<E: Element, R: Reduction<E, S>, const S: usize>(
+        self,
+        planar: Planar,
+        channels: Range<usize>,
+        reduction: &R,
+        close: Close<'_, (), S>,
+    ) {
+        let (batch, prefetches, element) = (batch_of::<E, R, S>(planar), self.large, PhantomData::<E>);
+        dispatch(self.tier, planar::Reduce { planar, channels, reduction, batch, prefetches, close, element });
     }
 
     fn reduce_planar<E: Element, R: Reduction<E, S>, const S: usize>(
@@ -381,8 +403,7 @@ impl<'v> Context<'v> {
     ) {
         if self.by_channel(planar) {
             return for_each_piece(self.workers, planar.channels, &|_, channels| {
-                let reader = self.reader(planar, channels, reduction);
-                dispatch(self.tier, Reduce { reader, beside: &mut Closing(close) });
+                self.reduce_channels(planar, channels, reduction, close);
             });
         }
         let values: &mut [[f64; S]] = wide.as_chunks_mut().0;
@@ -425,7 +446,7 @@ impl<'v> Context<'v> {
         order: Order,
     ) {
         let len = planar.planes * planar.channels * planar.plane;
-        let stretches = Stretches { len, each: MAP_STRETCH, head: self.head(target) };
+        let stretches = Stretches { len, each: self.stretch(0), head: self.head(target) };
         for_each_piece(self.workers, stretches.count(), &|piece, range| {
             for elements in order.over(range).map(|i| stretches.get(i)) {
                 let Some(views) = self.views else {
@@ -473,7 +494,7 @@ impl<'v> Context<'v> {
                     let at = (b * S + k) * rows.channels;
                     out.slice(at + tile.start..at + tile.end.min(rows.channels))
                 });
-                let (block, columns) = (rows::block::<E>(rows, b, tile), &mut columns);
+                let (block, columns) = (rows::block(rows, b, tile), &mut columns);
                 let Some(views) = self.views else {
                     dispatch(self.tier, rows::Block { block, reduction, columns, out });
                     continue;
@@ -500,7 +521,7 @@ impl<'v> Context<'v> {
         order: Order,
     ) {
         let (len, lead) = (rows.rows * rows.channels, self.lead(target));
-        let stretches = Stretches { len, each: row_stretch(rows), head: self.head(target) };
+        let stretches = Stretches { len, each: self.stretch(rows.period()), head: self.head(target) };
         for_each_piece(self.workers, stretches.count(), &|piece, range| {
             for elements in order.over(range).map(|i| stretches.get(i)) {
                 let column = elements.start % rows.period();
@@ -544,9 +565,14 @@ impl Stretches {
     }
 }
 
-/// Elements of rows that are mapped at a stretch.
-fn row_stretch(rows: Rows) -> usize {
-    MAP_STRETCH.max(8 * rows.period())
+/// Bytes of a channel of all tensors that a reduction reads.
+fn channel_bytes<E: Element, R: Reduction<E, S>, const S: usize>(planar: Planar) -> usize {
+    planar.planes * planar.plane * size_of::<E>() * R::TENSORS
+}
+
+/// Channels that are reduced before the first of them is mapped.
+fn batch_of<E: Element, R: Reduction<E, S>, const S: usize>(planar: Planar) -> usize {
+    (BATCH_BYTES / channel_bytes::<E, R, S>(planar)).clamp(1, BATCH)
 }
 
 /// Ranges of up to [`BATCH`] channels.

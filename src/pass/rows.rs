@@ -12,11 +12,8 @@ use crate::moments::MergeWeights;
 use crate::simd::{Isa, Kernel, Storage};
 use crate::tensor::Disjoint;
 
-/// Bytes of a row from which on rows are prefetched.
-const AHEAD_ROW: usize = 512;
-
 /// A tile of a block of rows, as the kernels take it.
-pub(super) fn block<E>(rows: Rows, block: usize, tile: Range<usize>) -> RowBlock {
+pub(super) fn block(rows: Rows, block: usize, tile: Range<usize>) -> RowBlock {
     let range = rows.block(block);
     RowBlock {
         channels: rows.channels,
@@ -25,7 +22,6 @@ pub(super) fn block<E>(rows: Rows, block: usize, tile: Range<usize>) -> RowBlock
         period: rows.period(),
         columns: (tile.start, tile.end),
         base: 0,
-        prefetches: rows.period() * size_of::<E>() >= AHEAD_ROW,
     }
 }
 
@@ -34,13 +30,13 @@ pub(super) fn packed(block: RowBlock) -> (Runs, RowBlock) {
     let (first, last) = block.columns;
     if last - first == block.period {
         let runs = Runs { start: block.start, len: block.len, count: 1, stride: 0 };
-        return (runs, RowBlock { start: 0, prefetches: false, ..block });
+        return (runs, RowBlock { start: 0, ..block });
     }
     let (width, rows) = (last - first, block.len / block.channels);
     let runs = Runs { start: block.start + first, len: width, count: rows, stride: block.channels };
     let len = rows * width;
     let columns = (0, width);
-    (runs, RowBlock { channels: width, start: 0, len, period: width, columns, base: first, prefetches: false })
+    (runs, RowBlock { channels: width, start: 0, len, period: width, columns, base: first })
 }
 
 /// The first half for a tile of a block of rows.

@@ -30,10 +30,8 @@ pub trait Isa: Copy + Send + Sync {
     /// 8 lanes of f64.
     type F64: Vector<Self, Scalar = f64>;
 
-    /// Asks the second-level cache for the line at `at`, which may be any address.
+    /// Asks the caches for the line at `at`, which may be any address.
     fn prefetch(self, at: *const u8);
-    /// Asks the caches for the line at `at`, which may be any address, to be written.
-    fn prefetch_write(self, at: *const u8);
     /// Makes streamed stores visible to other threads in order.
     fn fence(self);
 

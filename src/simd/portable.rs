@@ -18,13 +18,9 @@ impl Isa for Portable {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a hint; no address is wrong, and SSE is part of every x86-64.
         unsafe {
-            core::arch::x86_64::_mm_prefetch::<{ core::arch::x86_64::_MM_HINT_T1 }>(at.cast());
+            core::arch::x86_64::_mm_prefetch::<{ core::arch::x86_64::_MM_HINT_T0 }>(at.cast());
         }
         let _ = at;
-    }
-    #[inline(always)]
-    fn prefetch_write(self, at: *const u8) {
-        self.prefetch(at);
     }
     #[inline(always)]
     fn fence(self) {}

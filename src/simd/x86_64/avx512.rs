@@ -37,12 +37,7 @@ impl Isa for Avx512 {
     #[inline(always)]
     fn prefetch(self, at: *const u8) {
         // SAFETY: a hint; no address is wrong.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
-    }
-    #[inline(always)]
-    fn prefetch_write(self, at: *const u8) {
-        // SAFETY: a hint; no address is wrong.
-        unsafe { _mm_prefetch::<_MM_HINT_ET0>(at.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
     #[inline(always)]
     fn fence(self) {
