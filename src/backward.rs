@@ -5,11 +5,11 @@ use core::ops::Range;
 use crate::activation::{Activation, Bend};
 use crate::affine::Affine;
 use crate::element::{Element, Real};
-use crate::forward::lines;
+use crate::forward::{Statistics, lines};
 use crate::grid::{Band, Runs};
 use crate::kernel::gradient::{self, Gate, Gated, Pair, Passed, Upstream};
 use crate::kernel::sums::{Columns, RowBlock, RunSums};
-use crate::moments::{MergeWeights, Saved};
+use crate::moments::{MergeWeights, Saved, centre};
 use crate::pass::{BATCH, Each, Reduction};
 use crate::simd::Isa;
 use crate::tensor::{Side, Source};
@@ -73,11 +73,30 @@ impl<'a, E: Element> Upstreams<'a, E> {
         (rounded, beta - rounded.to_f64(), E::Param::from_f64(1.0 / gamma))
     }
 
+    /// [`Upstreams::centre`] of up to [`BATCH`] channels; `given` are their statistics.
+    #[inline(always)]
+    fn centres(&self, channels: Range<usize>, given: &Statistics<E::Param>) -> Each<(E::Param, f64, E::Param)> {
+        let mut all = [Default::default(); BATCH];
+        if self.is_output {
+            for (centre, c) in all.iter_mut().zip(channels) {
+                *centre = self.centre(c);
+            }
+            return all;
+        }
+        // No branches, so that channels are computed several at a time; what lies beyond the last one is not used.
+        for (i, all) in all.iter_mut().enumerate() {
+            let (hi, residue) = centre(given.mean[i], given.residue[i], given.inv_std[i], given.reach);
+            *all = (hi, residue, E::Param::from_f64(given.inv_std[i]));
+        }
+        all
+    }
+
     /// `[sum(dy), sum(dy * xhat)]` from what the kernels left, which took the rounded mean for the mean.
+    #[inline(always)]
     pub(crate) fn complete(&self, channels: Range<usize>, [dy, dy_xhat]: &[Each<f64>; 2]) -> [Each<f64>; 2] {
         let mut sums = [*dy, *dy_xhat];
-        for (i, c) in channels.enumerate() {
-            let (_, residue, inv_std) = self.centre(c);
+        let centres = self.centres(channels.clone(), &self.saved.statistics(channels));
+        for (i, (_, residue, inv_std)) in centres.into_iter().enumerate() {
             let lacking = residue * inv_std.to_f64();
             sums[1][i] -= lacking * dy[i];
         }
@@ -85,6 +104,7 @@ impl<'a, E: Element> Upstreams<'a, E> {
     }
 
     /// The coefficients of the input's gradient from the sums: six, or seven where the upstream gradient asks for the last.
+    #[inline(always)]
     pub(crate) fn coefficients<const K: usize>(
         &self,
         channels: Range<usize>,
@@ -93,11 +113,12 @@ impl<'a, E: Element> Upstreams<'a, E> {
         let saved = self.saved.statistics(channels.clone());
         let count = self.count as f64;
         let mut all = [[E::Param::default(); BATCH]; K];
-        for (i, c) in channels.clone().enumerate() {
-            let scale = saved.line(self.affine, c, i).0 * saved.inv_std[i];
+        let [gamma, _] = saved.gammas_betas(self.affine, channels.clone());
+        for (i, centre) in self.centres(channels.clone(), &saved).into_iter().enumerate() {
+            let scale = gamma[i] * saved.inv_std[i];
             let (slope, dy) = (-scale * (dy_xhat[i] / count), (dy[i] / count, scale));
             // The zero that adds nothing, not even a sign.
-            let one = gradient::coefficients(self.centre(c), slope, dy, -0.0);
+            let one = gradient::coefficients(centre, slope, dy, -0.0);
             for (all, one) in all.iter_mut().zip(one) {
                 all[i] = one;
             }
@@ -164,9 +185,9 @@ impl<E: Element, U: Upstream<E>, const K: usize> Reduction<E, 2> for GradientSum
     }
 
     #[inline(always)]
-    unsafe fn end<I: Isa>(&self, _: I, block: &gradient::Block<I, E, K>, runs: Runs) -> [f64; 2] {
+    unsafe fn end<I: Isa>(&self, _: I, blocks: &[gradient::Block<I, E, K>], first: (Runs, usize)) -> [Each<f64>; 2] {
         // SAFETY: the caller's promise.
-        unsafe { gradient::end::<I, E, U, K>(self.pair, block, runs) }
+        unsafe { gradient::end::<I, E, U, K>(self.pair, blocks, first) }
     }
 
     #[inline(always)]

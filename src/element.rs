@@ -67,7 +67,8 @@ impl Real for f32 {
     }
     #[inline(always)]
     fn from_f64_saturating(value: f64) -> f32 {
-        if value.is_finite() { (value as f32).clamp(f32::MIN, f32::MAX) } else { value as f32 }
+        let rounded = value as f32;
+        if value.is_finite() { rounded.clamp(f32::MIN, f32::MAX) } else { rounded }
     }
     const LARGEST: f64 = f32::MAX as f64;
     // 2^-100: single squares down to 2^-26 of the mean are still normal numbers.

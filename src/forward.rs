@@ -26,14 +26,22 @@ pub(crate) struct Statistics<P> {
     pub(crate) corrections: Option<Corrections>,
 }
 
-impl<P> Statistics<P> {
-    /// [`corrected`] gamma and beta of channel `c`, the `i`-th of these.
+impl<P: Real> Statistics<P> {
+    /// [`corrected`] gammas and betas of the channels of these.
     #[inline(always)]
-    pub(crate) fn line<E: Element<Param = P>>(&self, affine: Affine<'_, E>, c: usize, i: usize) -> (f64, f64)
-    where
-        P: Real,
-    {
-        corrected(affine.channel(c), self.corrections.as_ref().map(|[r, d]| [r[i], d[i]]))
+    pub(crate) fn gammas_betas<E: Element<Param = P>>(
+        &self,
+        affine: Affine<'_, E>,
+        channels: Range<usize>,
+    ) -> [Each<f64>; 2] {
+        let mut gamma = wide(&each(affine.gamma, channels.clone(), P::from_f64(1.0)));
+        let mut beta = wide(&each(affine.beta, channels, P::default()));
+        if let Some([r, d]) = &self.corrections {
+            for i in 0..BATCH {
+                (gamma[i], beta[i]) = corrected((gamma[i], beta[i]), Some([r[i], d[i]]));
+            }
+        }
+        [gamma, beta]
     }
 }
 
@@ -44,12 +52,13 @@ fn corrected((gamma, beta): (f64, f64), corrections: Option<[f64; 2]>) -> (f64, 
 }
 
 impl<P: Real> Saved<P> {
+    #[inline(always)]
     pub(crate) fn statistics(&self, channels: Range<usize>) -> Statistics<P> {
         let inv_std = each(Some(&self.inv_std), channels.clone(), P::default());
         Statistics {
             mean: each(Some(&self.mean), channels.clone(), P::default()),
             residue: each(Some(&self.residue), channels.clone(), P::default()),
-            inv_std: inv_std.map(Real::to_f64),
+            inv_std: wide(&inv_std),
             reach: reach(self.count),
             corrections: self.renorm.as_ref().map(|renorm| renorm.corrections(channels)),
         }
@@ -76,12 +85,32 @@ impl<P: Real> Saved<P> {
 }
 
 /// Values of up to [`BATCH`] channels, or the same for each where none are given.
+#[inline(always)]
 pub(crate) fn each<P: Copy>(values: Option<&[P]>, channels: Range<usize>, otherwise: P) -> Each<P> {
     let mut each = [otherwise; BATCH];
     if let Some(values) = values {
-        each[..channels.len()].copy_from_slice(&values[channels]);
+        copy(&mut each[..channels.len()], &values[channels]);
     }
     each
+}
+
+/// The values in f64; unlike `map` it is inlined and vectorized.
+#[inline(always)]
+fn wide<P: Real>(values: &Each<P>) -> Each<f64> {
+    let mut wide = [0.0; BATCH];
+    for (wide, value) in wide.iter_mut().zip(values) {
+        *wide = value.to_f64();
+    }
+    wide
+}
+
+/// Copies values of up to [`BATCH`] channels: of all mostly, which takes no call.
+#[inline(always)]
+pub(crate) fn copy<P: Copy>(to: &mut [P], from: &[P]) {
+    match (<&mut Each<P>>::try_from(&mut *to), <&Each<P>>::try_from(from)) {
+        (Ok(to), Ok(from)) => *to = *from,
+        _ => to.copy_from_slice(from),
+    }
 }
 
 /// The moments of each channel.
@@ -117,9 +146,9 @@ impl<E: Element> Reduction<E, 3> for MomentsOf<'_, E> {
     }
 
     #[inline(always)]
-    unsafe fn end<I: Isa>(&self, isa: I, block: &moments::Block<I, E>, runs: Runs) -> [f64; 3] {
+    unsafe fn end<I: Isa>(&self, isa: I, blocks: &[moments::Block<I, E>], first: (Runs, usize)) -> [Each<f64>; 3] {
         // SAFETY: the caller's promise; an empty tensor has no blocks.
-        unsafe { moments::end(isa, self.0.as_ptr(), block, runs) }
+        unsafe { moments::end(isa, self.0.as_ptr(), blocks, first) }
     }
 
     #[inline(always)]
@@ -135,16 +164,18 @@ impl<E: Element> Reduction<E, 3> for MomentsOf<'_, E> {
 }
 
 /// `[hi, scale, shift]` of up to [`BATCH`] channels.
+#[inline(always)]
 pub(crate) fn lines<E: Element>(
     affine: Affine<'_, E>,
     channels: Range<usize>,
     given: &Statistics<E::Param>,
 ) -> [Each<E::Param>; 3] {
     let mut all = [[E::Param::default(); BATCH]; 3];
-    for (i, c) in channels.enumerate() {
-        let (gamma, beta) = given.line(affine, c, i);
+    let [gamma, beta] = given.gammas_betas(affine, channels);
+    // No branches, so that channels are computed several at a time; what lies beyond the last one is not used.
+    for i in 0..BATCH {
         let centre = centre(given.mean[i], given.residue[i], given.inv_std[i], given.reach);
-        let one = normalize::coefficients(centre, given.inv_std[i], gamma, beta);
+        let one = normalize::coefficients(centre, given.inv_std[i], gamma[i], beta[i]);
         [all[0][i], all[1][i], all[2][i]] = one;
     }
     all

@@ -4,7 +4,7 @@ use core::ops::Range;
 
 use crate::element::Real;
 use crate::error::{Error, Result};
-use crate::forward::Statistics;
+use crate::forward::{Statistics, copy};
 use crate::pass::{BATCH, Each};
 use crate::running::Population;
 use crate::tensor::Disjoint;
@@ -65,9 +65,11 @@ impl Moments {
 }
 
 /// `1 / sqrt(var + eps)`, 0 where that would divide by zero.
+#[inline(always)]
 pub(crate) fn inv_std(var: f64, eps: f64) -> f64 {
     let square = var + eps;
-    if square == 0.0 { 0.0 } else { 1.0 / square.sqrt() }
+    let inverse = 1.0 / square.sqrt();
+    if square == 0.0 { 0.0 } else { inverse }
 }
 
 /// How many standard deviations a value may lie from the mean of `count` of them: `sqrt(count)` (Samuelson, "How deviant can
@@ -81,10 +83,9 @@ pub(crate) fn reach(count: u64) -> f64 {
 /// about as much as the values themselves were rounded by, and finite.
 #[inline(always)]
 pub(crate) fn centre<R: Real>(mean: R, residue: R, inv_std: f64, reach: f64) -> (R, f64) {
-    if R::LARGEST * inv_std < reach {
-        return (R::default(), mean.to_f64() + residue.to_f64());
-    }
-    (mean, residue.to_f64())
+    let is_far = R::LARGEST * inv_std < reach;
+    let all = mean.to_f64() + residue.to_f64();
+    (if is_far { R::default() } else { mean }, if is_far { all } else { residue.to_f64() })
 }
 
 /// The number of values that all channels have seen; there is at least one channel.
@@ -327,11 +328,13 @@ impl<P: Real> Keep<3> for Recorder<'_, P> {
     /// What the forward pass needs.
     type Kept = Statistics<P>;
 
+    #[inline(always)]
     unsafe fn keep(&self, channels: Range<usize>, [mean, residue, m2]: &[Each<f64>; 3]) -> Statistics<P> {
         let mut kept = Statistics { reach: self.reach, ..Default::default() };
         let (mut var, mut inv_std_of) = ([P::default(); BATCH], [P::default(); BATCH]);
         let mut exact = [0.0; BATCH];
-        for i in 0..channels.len() {
+        // No branches, so that channels are computed several at a time; what lies beyond the last one is not used.
+        for i in 0..BATCH {
             let rounded = P::from_f64(mean[i]);
             kept.mean[i] = rounded;
             kept.residue[i] = P::from_f64((mean[i] - rounded.to_f64()) + residue[i]);
@@ -342,7 +345,7 @@ impl<P: Real> Keep<3> for Recorder<'_, P> {
         }
         for (field, values) in self.fields.iter().zip([&kept.mean, &kept.residue, &var, &inv_std_of]) {
             // SAFETY: the caller's promise.
-            unsafe { field.slice(channels.clone()) }.copy_from_slice(&values[..channels.len()]);
+            copy(unsafe { field.slice(channels.clone()) }, &values[..channels.len()]);
         }
         // SAFETY: the caller's promise.
         kept.corrections = self.renorm.as_ref().map(|to| unsafe { to.keep(channels, mean, &exact, self.eps) });
@@ -398,6 +401,7 @@ impl<P> AffineGradientsTo<'_, P> {
 impl<P: Real> Keep<2> for AffineGradientsTo<'_, P> {
     type Kept = ();
 
+    #[inline(always)]
     unsafe fn keep(&self, channels: Range<usize>, [dy, dy_xhat]: &[Each<f64>; 2]) {
         let dgamma = match self.renorm.map(|renorm| renorm.corrections(channels.clone())) {
             Some([r, d]) => core::array::from_fn(|i| dy_xhat[i] * r[i] + dy[i] * d[i]),

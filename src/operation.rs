@@ -14,9 +14,10 @@ use crate::kernel::gradient::{Pair, Upstream};
 use crate::kernel::map::Target;
 use crate::kernel::normalize::{Activated, Normalize};
 use crate::moments::{AffineGradientsTo, GradientSums, Keep, MomentsTo, Recorder, Saved, SumsTo, inv_std, reach};
-use crate::pass::{BATCH, Context};
+use crate::pass::{BATCH, Context, Each};
 use crate::running::Population;
 use crate::scratch::{Need, Scratch};
+use crate::simd::{Isa, Kernel, dispatch};
 use crate::tensor::{Side, Source};
 use crate::variants::double_backward::Twice;
 
@@ -27,18 +28,95 @@ pub(crate) enum Origin<'a, P> {
 }
 
 impl<P: Real> Origin<'_, P> {
+    #[inline(always)]
     fn statistics(&self, channels: Range<usize>) -> Statistics<P> {
         match self {
             Self::Batch(saved) => saved.statistics(channels),
             Self::Population { population: Population { mean, var }, eps } => Statistics {
                 mean: each(Some(mean), channels.clone(), P::default()),
                 residue: [P::default(); BATCH],
-                inv_std: each(Some(var), channels, P::default()).map(|var| inv_std(var.to_f64(), *eps)),
+                inv_std: inv_stds(&each(Some(var), channels, P::default()), *eps),
                 reach: reach(0),
                 corrections: None,
             },
         }
     }
+}
+
+/// Coefficients of a forward pass from the moments of channels, whose statistics are recorded.
+struct Recorded<'c, 'a, E: Element> {
+    affine: Affine<'a, E>,
+    record: &'c Recorder<'a, E::Param>,
+    channels: Range<usize>,
+    values: &'c [Each<f64>; 3],
+}
+
+impl<E: Element> Kernel for Recorded<'_, '_, E> {
+    type Output = [Each<E::Param>; 3];
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) -> Self::Output {
+        // SAFETY: each channel is closed once.
+        lines(self.affine, self.channels.clone(), &unsafe { self.record.keep(self.channels, self.values) })
+    }
+}
+
+/// Coefficients of a backward pass from the gradient sums of channels, which are recorded.
+struct Differentiated<'c, 'a, E: Element, const K: usize> {
+    from: &'c Upstreams<'a, E>,
+    out: &'c AffineGradientsTo<'a, E::Param>,
+    channels: Range<usize>,
+    values: &'c [Each<f64>; 2],
+}
+
+impl<E: Element, const K: usize> Kernel for Differentiated<'_, '_, E, K> {
+    type Output = [Each<E::Param>; K];
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) -> Self::Output {
+        let sums = self.from.complete(self.channels.clone(), self.values);
+        // SAFETY: each channel is closed once.
+        unsafe { self.out.keep(self.channels.clone(), &sums) };
+        self.from.coefficients(self.channels, &sums)
+    }
+}
+
+/// Coefficients of a forward pass from statistics given.
+struct FromOrigin<'c, 'a, E: Element> {
+    affine: Affine<'a, E>,
+    origin: &'c Origin<'a, E::Param>,
+    channels: Range<usize>,
+}
+
+impl<E: Element> Kernel for FromOrigin<'_, '_, E> {
+    type Output = [Each<E::Param>; 3];
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) -> Self::Output {
+        lines(self.affine, self.channels.clone(), &self.origin.statistics(self.channels))
+    }
+}
+
+/// Coefficients of a backward pass from gradient sums given.
+struct FromSums<'c, 'a, E: Element, const K: usize> {
+    from: &'c Upstreams<'a, E>,
+    channels: Range<usize>,
+    sums: &'c [Each<f64>; 2],
+}
+
+impl<E: Element, const K: usize> Kernel for FromSums<'_, '_, E, K> {
+    type Output = [Each<E::Param>; K];
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) -> Self::Output {
+        self.from.coefficients(self.channels, self.sums)
+    }
+}
+
+/// [`inv_std`] of each; unlike `map` it is inlined and vectorized.
+#[inline(always)]
+fn inv_stds<P: Real>(var: &Each<P>, eps: f64) -> Each<f64> {
+    let mut inverse = [0.0; BATCH];
+    for (inverse, var) in inverse.iter_mut().zip(var) {
+        *inverse = inv_std(var.to_f64(), eps);
+    }
+    inverse
 }
 
 /// What a plan can do, with its arguments.
@@ -121,9 +199,8 @@ impl<'a, E: Element> Operation<'a, E> {
         match self {
             Self::Train { normalize, record } => {
                 let NormalizeTo { x, affine, y } = normalize;
-                // SAFETY: see above.
-                let close = |channels: Range<usize>, values: &_| unsafe {
-                    lines(affine, channels.clone(), &record.keep(channels, values))
+                let close = |channels: Range<usize>, values: &_| {
+                    dispatch(context.tier, Recorded { affine, record: &record, channels, values })
                 };
                 // SAFETY: see above.
                 unsafe {
@@ -135,8 +212,7 @@ impl<'a, E: Element> Operation<'a, E> {
             }
             Self::Normalize { normalize, origin } => {
                 let NormalizeTo { x, affine, y } = normalize;
-                let coefficients =
-                    |channels: Range<usize>| lines(affine, channels.clone(), &origin.statistics(channels));
+                let coefficients = |channels| dispatch(context.tier, FromOrigin { affine, origin: &origin, channels });
                 // SAFETY: see above.
                 unsafe {
                     match affine.is_last() {
@@ -212,8 +288,8 @@ unsafe fn backward<E: Element, U: Upstream<E>, const S: usize, const K: usize>(
     unsafe {
         match dx {
             Some(dx) if !from.saved.frozen => {
-                let close = |channels: Range<usize>, values: &_| {
-                    from.coefficients(channels.clone(), &complete(channels, values))
+                let close = |channels, values: &_| {
+                    dispatch(context.tier, Differentiated::<_, K> { from: &from, out, channels, values })
                 };
                 context.run::<_, _, _, 2, K>(&sums, &close, pair, dx, scratch);
             }
@@ -272,7 +348,7 @@ unsafe fn input_gradient<E: Element, U: Upstream<E>, const K: usize>(
         for (i, sums) in sums[channels.clone()].iter().enumerate() {
             [given[0][i], given[1][i]] = [sums.dy, sums.dy_xhat];
         }
-        from.coefficients(channels, &given)
+        dispatch(context.tier, FromSums { from: &from, channels, sums: &given })
     };
     // SAFETY: the caller's promise.
     unsafe { context.apply::<_, _, K>(Pair { x: from.x, upstream }, &coefficients, dx, scratch) }

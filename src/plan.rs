@@ -34,9 +34,8 @@ pub enum Stores {
 }
 
 /// Bytes of a tensor from which on memory is what a pass waits for: it is read ahead and stored past the caches.
-pub(crate) const LARGE: usize = 8 << 20;
-/// The same for a pass that reduces nothing: it needs room for its tensors once.
-pub(crate) const LARGE_ALONE: usize = 16 << 20;
+const LARGE: usize = 8 << 20;
+
 /// Batch Normalization (Ioffe & Szegedy 2015) of tensors of one shape and element type.
 ///
 /// A plan checks its shape and options once, and each call checks the lengths of its slices; nothing is written
@@ -294,8 +293,11 @@ impl<E: Element> BatchNorm<E> {
         }
     }
 
-    /// Whether a pass stores past the caches. In place the lines are at hand anyway.
-    pub(crate) fn streams<T>(&self, in_place: bool, large: usize) -> bool {
+    /// Whether a pass stores past the caches, one of both halves or of the second alone. In place the lines are at hand anyway.
+    pub(crate) fn streams<T>(&self, in_place: bool, is_whole: bool) -> bool {
+        let context = self.context_of::<T>();
+        // What threads read a second time from a cache that they share is worth keeping there; one thread alone does not fill it.
+        let large = if is_whole && context.is_fused::<T>() { LARGE } else { LARGE * context.workers.min(2) };
         !in_place
             && self.views.is_none()
             && match self.stores {
@@ -428,7 +430,7 @@ impl<E: Element> BatchNorm<E> {
     pub(crate) fn train(&self, io: InOut<'_, E>, affine: Affine<'_, E>, saved: &mut Saved<E::Param>) -> Result<()> {
         self.check_train(affine, saved)?;
         let count = self.count();
-        let normalize = self.normalize_to(io, affine, LARGE);
+        let normalize = self.normalize_to(io, affine, true);
         self.execute(Operation::Train { normalize, record: saved.recorder(count, self.eps) });
         Ok(())
     }
@@ -473,13 +475,18 @@ impl<E: Element> BatchNorm<E> {
         self.check_affine(affine)?;
         self.check_population(population)?;
         let origin = Origin::Population { population, eps: self.eps };
-        self.execute(Operation::Normalize { normalize: self.normalize_to(io, affine, LARGE_ALONE), origin });
+        self.execute(Operation::Normalize { normalize: self.normalize_to(io, affine, false), origin });
         Ok(())
     }
 
-    pub(crate) fn normalize_to<'a>(&self, io: InOut<'a, E>, affine: Affine<'a, E>, large: usize) -> NormalizeTo<'a, E> {
+    pub(crate) fn normalize_to<'a>(
+        &self,
+        io: InOut<'a, E>,
+        affine: Affine<'a, E>,
+        is_whole: bool,
+    ) -> NormalizeTo<'a, E> {
         let first_bit = affine.recording().map(|gates| gates.first());
-        let y = Target::new(io.to, self.streams::<E>(io.is_in_place(), large)).with_bits(first_bit);
+        let y = Target::new(io.to, self.streams::<E>(io.is_in_place(), is_whole)).with_bits(first_bit);
         NormalizeTo { x: io.from, affine, y }
     }
 
@@ -506,7 +513,7 @@ impl<E: Element> BatchNorm<E> {
     ) where
         M::Element: Storage<Compute = E::Param>,
     {
-        let target = Target::new(io.to, self.streams::<M::Element>(io.is_in_place(), LARGE_ALONE));
+        let target = Target::new(io.to, self.streams::<M::Element>(io.is_in_place(), false));
         if self.logical().is_empty() {
             return self.clear(target, map.zero());
         }
@@ -645,7 +652,7 @@ impl<E: Element> BatchNorm<E> {
         self.check_backward(saved, affine, dgamma.as_deref(), dbeta.as_deref())?;
         let from = self.upstreams(x, dy, saved, affine, self.count());
         let out = self.gradients_to(saved, dgamma, dbeta);
-        let streaming = self.streams::<E>(dx.is_some_and(|dx| dx.is_in_place()), LARGE);
+        let streaming = self.streams::<E>(dx.is_some_and(|dx| dx.is_in_place()), true);
         let target = |to| Target::new(to, streaming);
         let (dx, dresidual) = (dx.map(|dx| target(dx.to)), dresidual.map(target));
         self.execute(Operation::Backward { from, dx, dresidual, out });

@@ -13,6 +13,7 @@ use crate::activation::Bend;
 use crate::element::{Element, Real};
 use crate::gates::Recorded;
 use crate::grid::Runs;
+use crate::pass::{BATCH, Each};
 use crate::simd::{Compute, Isa, Vector};
 use crate::tensor::Source;
 use crate::view::{Pack, Packs};
@@ -300,23 +301,27 @@ fn is_sound([a, b]: [f64; 2]) -> bool {
 /// The sums of one block of a channel, as far as it was seen.
 pub(crate) type Block<I, E, const K: usize> = RunSums<I, Compute<I, E>, K>;
 
-/// `[sum(dy), sum(dy * (x - hi) * inv_std)]` of a block whose runs were all added.
+/// `[sum(dy), sum(dy * (x - hi) * inv_std)]` of the blocks of neighbouring channels, as [`moments::end`](super::moments::end).
 ///
 /// # Safety
 /// The runs lie inside the tensors.
 #[inline(always)]
 pub(crate) unsafe fn end<I: Isa, E: Element, U: Upstream<E>, const K: usize>(
     pair: Pair<'_, E, U>,
-    block: &Block<I, E, K>,
-    runs: Runs,
-) -> [f64; 2] {
-    let (a, b) = block.total();
-    if is_sound([a, b]) {
-        return [a, b];
+    blocks: &[Block<I, E, K>],
+    (runs, plane): (Runs, usize),
+) -> [Each<f64>; 2] {
+    let mut values = [[0.0; BATCH]; 2];
+    for (i, block) in blocks.iter().enumerate() {
+        let (a, b) = block.total();
+        [values[0][i], values[1][i]] = [a, b];
+        if !is_sound([a, b]) {
+            let elements = runs.shifted(i * plane).starts().flat_map(|start| start..start + runs.len);
+            // SAFETY: the elements are those of the runs.
+            [values[0][i], values[1][i]] = unsafe { in_f64(pair, block.params, elements) };
+        }
     }
-    let elements = runs.starts().flat_map(|start| start..start + runs.len);
-    // SAFETY: the elements are those of the runs.
-    unsafe { in_f64(pair, block.params, elements) }
+    values
 }
 
 /// The sums over `elements`, one after the other in f64, for what f32 does not hold.

@@ -10,6 +10,7 @@ use super::sums::{self, Columns, RowBlock, RunSums, Terms};
 use crate::element::{Element, Real};
 use crate::grid::{Band, Runs};
 use crate::moments::two_sum;
+use crate::pass::{BATCH, Each};
 use crate::simd::{Compute, Isa, Load, Native, Vector, Widened};
 
 /// Places of a block that its shift is made of.
@@ -182,17 +183,54 @@ pub(crate) unsafe fn add<I: Isa, E: Element>(isa: I, x: *const E, block: &mut Bl
     unsafe { block.add(isa, &deviations(x), band, ahead) }
 }
 
-/// `[mean, residue, m2]` of a block whose runs were all added.
+/// `[mean, residue, m2]` of the blocks of neighbouring channels whose runs were all added: those of the first one, and each `plane`
+/// further on; value `k` of the `i`-th is `[k][i]`. At most [`BATCH`].
 ///
 /// # Safety
 /// The runs lie inside the tensor at `x` and are not empty.
 #[inline(always)]
-pub(crate) unsafe fn end<I: Isa, E: Element>(isa: I, x: *const E, block: &Block<I, E>, runs: Runs) -> [f64; 3] {
-    let (s, q) = block.total();
-    let shifted = Shifted { shift: block.params[0].to_f64(), n: runs.size() as f64, s, q };
-    if shifted.is_sound::<E::Param>() {
-        return shifted.finish();
+pub(crate) unsafe fn end<I: Isa, E: Element>(
+    isa: I,
+    x: *const E,
+    blocks: &[Block<I, E>],
+    (runs, plane): (Runs, usize),
+) -> [Each<f64>; 3] {
+    let n = runs.size() as f64;
+    let mut sums = [[0.0; BATCH]; 3];
+    for (i, block) in blocks.iter().enumerate() {
+        let (s, q) = block.total();
+        [sums[0][i], sums[1][i], sums[2][i]] = [block.params[0].to_f64(), s, q];
     }
+    let shifted = |i: usize| Shifted { shift: sums[0][i], n, s: sums[1][i], q: sums[2][i] };
+    let [mut mean, mut residue, mut m2] = [[0.0; BATCH]; 3];
+    let mut sound = true;
+    // No branches, so that channels are judged several at a time.
+    for (i, mean) in mean[..blocks.len()].iter_mut().enumerate() {
+        [*mean, residue[i], m2[i]] = shifted(i).finish();
+        sound &= shifted(i).is_sound::<E::Param>();
+    }
+    if !sound {
+        for (i, block) in blocks.iter().enumerate().filter(|&(i, _)| !shifted(i).is_sound::<E::Param>()) {
+            // SAFETY: the caller's promise.
+            let again = unsafe { again(isa, x, block, shifted(i), runs.shifted(i * plane)) };
+            [mean[i], residue[i], m2[i]] = again;
+        }
+    }
+    [mean, residue, m2]
+}
+
+/// `[mean, residue, m2]` of a block, summed again: enlarged if its squares are tiny, else in f64.
+///
+/// # Safety
+/// The runs lie inside the tensor at `x`.
+#[inline(always)]
+unsafe fn again<I: Isa, E: Element>(
+    isa: I,
+    x: *const E,
+    block: &Block<I, E>,
+    shifted: Shifted,
+    runs: Runs,
+) -> [f64; 3] {
     if shifted.is_tiny::<E::Param>() {
         // SAFETY: the caller's promise.
         let (s, q) = unsafe { sums::over_runs(isa, &enlarged(x), block.params, runs) };

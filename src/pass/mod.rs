@@ -8,6 +8,7 @@ use core::marker::PhantomData;
 use core::ops::Range;
 
 use crate::element::{Element, Real};
+use crate::forward::copy;
 use crate::grid::{Band, Geometry, Planar, Rows, Runs, for_each_piece, pieces};
 use crate::kernel::map::{Map, Target};
 use crate::kernel::sums::{Columns, RowBlock};
@@ -62,11 +63,12 @@ pub(crate) trait Reduction<E: Element, const S: usize>: Packs<E> + Sync {
     /// The band lies inside the tensors.
     unsafe fn add<I: Isa>(&self, isa: I, block: &mut Self::Block<I>, band: Band, ahead: usize);
 
-    /// The values of a block whose runs were all added.
+    /// The values of the blocks of neighbouring channels whose runs were all added: those of the first one, and each so many
+    /// elements further on. Value `k` of the `i`-th is `[k][i]`.
     ///
     /// # Safety
-    /// As [`Reduction::begin`].
-    unsafe fn end<I: Isa>(&self, isa: I, block: &Self::Block<I>, runs: Runs) -> [f64; S];
+    /// As [`Reduction::begin`], for all.
+    unsafe fn end<I: Isa>(&self, isa: I, blocks: &[Self::Block<I>], first: (Runs, usize)) -> [Each<f64>; S];
 
     /// The values of the channels of one block of rows; of channel `block.columns.0 + i` in `out[k][i]`.
     ///
@@ -122,8 +124,13 @@ impl<'v> Context<'v> {
     }
 
     /// Whether both halves go over the tensor together: not where it stays in a cache, nor in short steps.
-    fn fused<E>(&self, planar: Planar) -> bool {
+    fn fuses<E>(&self, planar: Planar) -> bool {
         self.large && planar.plane * size_of::<E>() >= FUSED_PLANE && self.by_channel(planar)
+    }
+
+    /// The same for the tensors of this pass.
+    pub(crate) fn is_fused<E>(&self) -> bool {
+        matches!(self.geometry, Geometry::Planar(planar) if self.fuses::<E>(planar))
     }
 
     /// Elements that are mapped at a stretch, of rows so long if there are any.
@@ -254,7 +261,7 @@ impl<'v> Context<'v> {
     {
         let (wide, narrow, room) = self.parts::<E, S, K>(scratch);
         match self.geometry {
-            Geometry::Planar(planar) if self.fused::<E>(planar) => {
+            Geometry::Planar(planar) if self.fuses::<E>(planar) => {
                 for_each_piece(self.workers, planar.channels, &|_, channels| {
                     let end = channels.end;
                     self.reduce_channels(planar, channels, reduction, &|read, values| {
@@ -429,9 +436,13 @@ impl<'v> Context<'v> {
             let mut totals = Merged::new();
             for b in 0..planar.blocks() {
                 let weights = totals.weights(planar.block(0, b).size());
+                let mut of_block = [[0.0; BATCH]; S];
                 for (i, c) in channels.clone().enumerate() {
-                    totals.add::<E, R>(i, weights, values[c * planar.blocks() + b]);
+                    for (to, from) in of_block.iter_mut().zip(values[c * planar.blocks() + b]) {
+                        to[i] = from;
+                    }
                 }
+                totals.add::<E, R>(weights, &of_block);
             }
             close(channels, &totals.values);
         }
@@ -581,14 +592,19 @@ fn batches(channels: Range<usize>) -> impl Iterator<Item = Range<usize>> {
 }
 
 /// The values, with one and the same NaN for all: the caller's may have any payload, see [`Isa::store_bf16`].
-fn plain<P: Real, const K: usize>(values: [Each<P>; K]) -> [Each<P>; K] {
-    values.map(|each| each.map(|value| if value.to_f64().is_nan() { P::from_f64(f64::NAN) } else { value }))
+fn plain<P: Real, const K: usize>(mut values: [Each<P>; K]) -> [Each<P>; K] {
+    for value in values.as_flattened_mut() {
+        *value = if value.to_f64().is_nan() { P::from_f64(f64::NAN) } else { *value };
+    }
+    values
 }
 
 /// Values of each channel from the channels of each value.
 fn transpose<T: Copy, const K: usize>(from: &[Each<T>; K], to: &mut [[T; K]]) {
     for (i, to) in to.iter_mut().enumerate() {
-        *to = from.each_ref().map(|from| from[i]);
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = from[i];
+        }
     }
 }
 
@@ -607,7 +623,7 @@ unsafe fn set_columns<P: Copy, const K: usize>(
         let put = |column: usize, values: &[P]| {
             let at = k * rows.padded() + lead + column;
             // SAFETY: columns of the channels.
-            unsafe { out.slice(at..at + values.len()) }.copy_from_slice(values);
+            copy(unsafe { out.slice(at..at + values.len()) }, values);
         };
         for joined in 0..rows.joined() {
             let column = joined * rows.channels + channels.start;
@@ -639,12 +655,16 @@ impl<const S: usize> Merged<S> {
         (before > 0).then(|| MergeWeights::new(before, size))
     }
 
-    /// Merges a block of channel `i`.
+    /// Merges a block of each channel.
     #[inline(always)]
-    fn add<E: Element, R: Reduction<E, S>>(&mut self, i: usize, weights: Option<MergeWeights>, block: [f64; S]) {
-        let merged = weights.map_or(block, |weights| R::merge(weights, self.values.map(|value| value[i]), block));
-        for (value, merged) in self.values.iter_mut().zip(merged) {
-            value[i] = merged;
+    fn add<E: Element, R: Reduction<E, S>>(&mut self, weights: Option<MergeWeights>, blocks: &[Each<f64>; S]) {
+        let Some(weights) = weights else { return self.values = *blocks };
+        for i in 0..BATCH {
+            let of = |values: &[Each<f64>; S]| values.each_ref().map(|each| each[i]);
+            let merged = R::merge(weights, of(&self.values), of(blocks));
+            for (value, merged) in self.values.iter_mut().zip(merged) {
+                value[i] = merged;
+            }
         }
     }
 }

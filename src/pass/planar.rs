@@ -51,10 +51,8 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Reduce<'_, E, R, S> {
                 }
             }
             let weights = totals.weights(first.size());
-            for (i, block) in blocks.iter().enumerate() {
-                // SAFETY: the runs come from the grid.
-                totals.add::<E, R>(i, weights, unsafe { reduction.end(isa, block, first.shifted(i * plane)) });
-            }
+            // SAFETY: the runs come from the grid.
+            totals.add::<E, R>(weights, &unsafe { reduction.end(isa, blocks, (first, plane)) });
         }
     }
 }
@@ -98,7 +96,7 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Kernel for Blocks<'_, E, R,
                     let ahead = if runs.follow(band) { band.rows * band.stride } else { 0 };
                     self.reduction.add(isa, &mut block, band, ahead);
                 }
-                self.reduction.end(isa, &block, runs)
+                self.reduction.end(isa, &[block], (runs, 0)).map(|each| each[0])
             };
         }
     }

@@ -5,6 +5,7 @@ use core::ops::Range;
 
 use super::{BATCH, Close, Reduction, batches};
 use crate::element::Element;
+use crate::forward::copy;
 use crate::grid::{Rows, Runs};
 use crate::kernel::map::{self, Map, Periodic, Target};
 use crate::kernel::sums::{Columns, RowBlock};
@@ -95,7 +96,7 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Kernel for Merge<'_, E, R, 
             let from = channels.start - self.channels.start;
             let mut values = [[0.0; BATCH]; S];
             for (values, total) in values.iter_mut().zip(&total) {
-                values[..channels.len()].copy_from_slice(&total[from..from + channels.len()]);
+                copy(&mut values[..channels.len()], &total[from..from + channels.len()]);
             }
             (self.close)(channels, &values);
         }
