@@ -29,7 +29,9 @@ pub(crate) const BATCH: usize = 16;
 /// The shortest plane that a pass goes over once, in bytes.
 const FUSED_PLANE: usize = 512;
 /// Bytes of the channels that a thread reduces before it maps the first of them: two such batches fit in a second-level cache.
-const BATCH_BYTES: usize = 400 << 10;
+const BATCH_BYTES: usize = 300 << 10;
+/// The most bytes of the images of a tensor's batch that are asked for while others are read: more would leave the cache again.
+const AHEAD_IMAGES: usize = 128 << 10;
 /// The most bytes of a batch that is asked for while another is written.
 const AHEAD_BATCH: usize = 768 << 10;
 /// Elements of a tile that is packed: a few of them stay in a second-level cache.
@@ -397,7 +399,9 @@ impl<'v> Context<'v> {
         reduction: &R,
         close: Close<'_, (), S>,
     ) {
-        let (batch, prefetches, element) = (batch_of::<E, R, S>(planar), self.large, PhantomData::<E>);
+        let (batch, element) = (batch_of::<E, R, S>(planar), PhantomData::<E>);
+        let images = planar.block(0, 0).together();
+        let prefetches = self.large && images * batch * planar.plane * size_of::<E>() <= AHEAD_IMAGES;
         dispatch(self.tier, planar::Reduce { planar, channels, reduction, batch, prefetches, close, element });
     }
 
