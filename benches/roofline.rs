@@ -37,6 +37,9 @@ struct Args {
     /// Only this element type
     #[arg(long)]
     dtype: Option<String>,
+    /// Images instead of 32 in the shapes of ResNet-50
+    #[arg(long, default_value_t = 32)]
+    batch: usize,
     /// Only this number of threads
     #[arg(long)]
     threads: Option<usize>,
@@ -72,8 +75,8 @@ impl Row {
     }
 }
 
-/// The convolution outputs of ResNet-50 at batch 32, and shapes at the edges.
-fn table() -> Vec<Row> {
+/// The convolution outputs of ResNet-50, and shapes at the edges.
+fn table(batch: usize) -> Vec<Row> {
     const RESNET: [(usize, &[usize], bool); 9] = [
         (64, &[112, 112], false),
         (64, &[56, 56], true),
@@ -87,7 +90,7 @@ fn table() -> Vec<Row> {
     ];
     let mut rows = Vec::new();
     for layout in ["NCHW", "NHWC"] {
-        rows.extend(RESNET.map(|(c, spatial, quick)| Row { layout, n: 32, c, spatial, quick }));
+        rows.extend(RESNET.map(|(c, spatial, quick)| Row { layout, n: batch, c, spatial, quick }));
         rows.push(Row { layout, n: 1, c: 64, spatial: &[14, 14], quick: false });
         rows.push(Row { layout, n: 8, c: 3, spatial: &[512, 512], quick: false });
     }
@@ -131,7 +134,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let all = num_cpus::get_physical();
     let mut threads = vec![1, all];
     threads.dedup();
-    for row in table() {
+    for row in table(args.batch) {
         if args.quick && !row.quick || args.shape.as_ref().is_some_and(|s| !row.name().contains(s.as_str())) {
             continue;
         }

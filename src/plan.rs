@@ -293,17 +293,19 @@ impl<E: Element> BatchNorm<E> {
         }
     }
 
-    /// Whether a pass stores past the caches, one of both halves or of the second alone. In place the lines are at hand anyway.
-    pub(crate) fn streams<T>(&self, in_place: bool, is_whole: bool) -> bool {
+    /// Whether a pass over so many `tensors` stores past the caches, one of both halves or of the second alone. In place the lines
+    /// are at hand anyway.
+    pub(crate) fn streams<T>(&self, in_place: bool, tensors: usize, is_whole: bool) -> bool {
         let context = self.context_of::<T>();
-        // What threads read a second time from a cache that they share is worth keeping there; one thread alone does not fill it.
-        let large = if is_whole && context.is_fused::<T>() { LARGE } else { LARGE * context.workers.min(2) };
+        let bytes = self.shape.len() * size_of::<T>();
         !in_place
             && self.views.is_none()
             && match self.stores {
                 Stores::Cached => false,
                 Stores::Streaming => true,
-                Stores::Auto => self.shape.len() * size_of::<T>() >= large,
+                Stores::Auto if is_whole && context.is_fused::<T>() => bytes >= LARGE,
+                // Two threads read a cache that they share twice as fast, but write past it no faster than one.
+                Stores::Auto => bytes.saturating_mul(tensors) >= 2 * LARGE * context.workers.min(2),
             }
     }
 
@@ -486,7 +488,7 @@ impl<E: Element> BatchNorm<E> {
         is_whole: bool,
     ) -> NormalizeTo<'a, E> {
         let first_bit = affine.recording().map(|gates| gates.first());
-        let y = Target::new(io.to, self.streams::<E>(io.is_in_place(), is_whole)).with_bits(first_bit);
+        let y = Target::new(io.to, self.streams::<E>(io.is_in_place(), 2, is_whole)).with_bits(first_bit);
         NormalizeTo { x: io.from, affine, y }
     }
 
@@ -513,7 +515,7 @@ impl<E: Element> BatchNorm<E> {
     ) where
         M::Element: Storage<Compute = E::Param>,
     {
-        let target = Target::new(io.to, self.streams::<M::Element>(io.is_in_place(), false));
+        let target = Target::new(io.to, self.streams::<M::Element>(io.is_in_place(), 2, false));
         if self.logical().is_empty() {
             return self.clear(target, map.zero());
         }
@@ -652,7 +654,7 @@ impl<E: Element> BatchNorm<E> {
         self.check_backward(saved, affine, dgamma.as_deref(), dbeta.as_deref())?;
         let from = self.upstreams(x, dy, saved, affine, self.count());
         let out = self.gradients_to(saved, dgamma, dbeta);
-        let streaming = self.streams::<E>(dx.is_some_and(|dx| dx.is_in_place()), true);
+        let streaming = self.streams::<E>(dx.is_some_and(|dx| dx.is_in_place()), 3, true);
         let target = |to| Target::new(to, streaming);
         let (dx, dresidual) = (dx.map(|dx| target(dx.to)), dresidual.map(target));
         self.execute(Operation::Backward { from, dx, dresidual, out });

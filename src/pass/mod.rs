@@ -22,8 +22,8 @@ use crate::view::{Pack, Packs, Views, room_for};
 const TERM_PARAMS: usize = 4;
 /// Elements that are mapped at a stretch, but no fewer than a few rows.
 const MAP_STRETCH: usize = 16384;
-/// The same where tensors come from memory, whose elements are asked for ahead up to the end of a stretch.
-const LARGE_STRETCH: usize = 1 << 18;
+/// The same where results are stored past the caches: what is asked for beyond the end of a stretch comes to nothing.
+const STREAMED_STRETCH: usize = 1 << 18;
 /// The most channels of a batch.
 pub(crate) const BATCH: usize = 16;
 /// The shortest plane that a pass goes over once, in bytes.
@@ -135,10 +135,12 @@ impl<'v> Context<'v> {
         matches!(self.geometry, Geometry::Planar(planar) if self.fuses::<E>(planar))
     }
 
-    /// Elements that are mapped at a stretch, of rows so long if there are any.
-    fn stretch(&self, row: usize) -> usize {
-        let least = if self.large && self.views.is_none() { LARGE_STRETCH } else { MAP_STRETCH };
-        least.max(8 * row)
+    /// `len` elements in rows so long, if there are any, cut into stretches that are mapped at a time.
+    fn stretches<E: Storage>(&self, len: usize, row: usize, target: Target<'_, E>) -> Stretches {
+        // A few for each thread.
+        let long = (len / (4 * self.workers)).next_multiple_of(MAX_LANES).min(STREAMED_STRETCH);
+        let least = if target.streaming { long } else { 0 };
+        Stretches { len, each: stretch(row).max(least), head: self.head(target) }
     }
 
     /// Scratch for a reduction to `S` values and a map of `K` coefficients; either may be 0 for none.
@@ -185,10 +187,10 @@ impl<'v> Context<'v> {
     /// The most elements that are packed at once.
     fn packed(&self) -> usize {
         match self.geometry {
-            Geometry::Planar(planar) => self.stretch(0).min(planar.planes * planar.pitch()),
+            Geometry::Planar(planar) => stretch(0).min(planar.planes * planar.pitch()),
             Geometry::Rows(rows) => {
                 let tile = rows.longest().saturating_mul(self.row_width(rows).min(rows.channels));
-                tile.max(self.stretch(rows.period()).min(rows.rows * rows.channels))
+                tile.max(stretch(rows.period()).min(rows.rows * rows.channels))
             }
         }
     }
@@ -199,13 +201,12 @@ impl<'v> Context<'v> {
             return 0;
         }
         let (blocks, stretches) = match self.geometry {
-            Geometry::Planar(planar) => (
-                planar.channels.saturating_mul(planar.blocks()),
-                (planar.planes * planar.pitch()).div_ceil(self.stretch(0)),
-            ),
+            Geometry::Planar(planar) => {
+                (planar.channels.saturating_mul(planar.blocks()), (planar.planes * planar.pitch()).div_ceil(stretch(0)))
+            }
             Geometry::Rows(rows) => (
                 rows.blocks().saturating_mul(self.tiles(rows)),
-                (rows.rows * rows.channels).div_ceil(self.stretch(rows.period())),
+                (rows.rows * rows.channels).div_ceil(stretch(rows.period())),
             ),
         };
         pieces(self.workers, blocks.max(stretches)).saturating_mul(room_for(self.packed()))
@@ -461,7 +462,7 @@ impl<'v> Context<'v> {
         order: Order,
     ) {
         let len = planar.planes * planar.channels * planar.plane;
-        let stretches = Stretches { len, each: self.stretch(0), head: self.head(target) };
+        let stretches = self.stretches(len, 0, target);
         for_each_piece(self.workers, stretches.count(), &|piece, range| {
             for elements in order.over(range).map(|i| stretches.get(i)) {
                 let Some(views) = self.views else {
@@ -536,7 +537,7 @@ impl<'v> Context<'v> {
         order: Order,
     ) {
         let (len, lead) = (rows.rows * rows.channels, self.lead(target));
-        let stretches = Stretches { len, each: self.stretch(rows.period()), head: self.head(target) };
+        let stretches = self.stretches(len, rows.period(), target);
         for_each_piece(self.workers, stretches.count(), &|piece, range| {
             for elements in order.over(range).map(|i| stretches.get(i)) {
                 let column = elements.start % rows.period();
@@ -560,6 +561,11 @@ impl<'v> Context<'v> {
         });
         self.clear(target, map.zero());
     }
+}
+
+/// Elements of a stretch at least, in rows so long if there are any.
+fn stretch(row: usize) -> usize {
+    MAP_STRETCH.max(8 * row)
 }
 
 /// A tensor cut into stretches, between which stores are aligned.
