@@ -3,7 +3,7 @@
 //! The values do not depend on where a vector begins, so vectors in the middle begin where stores are aligned, and
 //! the first and the last one overlap them.
 
-use crate::simd::{Compute, Isa, Lanes, MAX_LANES, Storage, Vector};
+use crate::simd::{Compute, Isa, Lanes, MAX_LANES, Storage, Vector, splats};
 use crate::tensor::Disjoint;
 use crate::view::Packs;
 
@@ -189,7 +189,7 @@ unsafe fn write_planes<I: Isa, M: Map<K>, const K: usize, const STREAM: bool, co
     target: Target<'_, M::Element>,
 ) {
     let lanes = Compute::<I, M::Element>::LANES;
-    let of = |channel: usize| params[channel].map(|param| Compute::<I, M::Element>::splat(isa, param));
+    let of = |channel: usize| splats::<I, Compute<I, M::Element>, K>(isa, &params[channel]);
     let mut vectors = of(channel);
     // Elements before the first aligned vector, then whole vectors, then what is left.
     let mut n = match target.unaligned(at, lanes).unwrap_or(0).min(end - at) {

@@ -5,7 +5,7 @@
 //! and a sum of equal values hardly rounds at all. Missing vectors and lanes count as zero.
 
 use crate::grid::{BAND, Band, Runs};
-use crate::simd::{Isa, Lanes, MAX_LANES, Vector};
+use crate::simd::{Isa, Lanes, MAX_LANES, Vector, splats};
 
 /// Vectors that are added as a tree.
 pub(crate) const GROUP: usize = BAND;
@@ -169,10 +169,7 @@ impl<I: Isa, V: Vector<I>, const K: usize> RunSums<I, V, K> {
         ahead: usize,
     ) {
         let zero = V::splat(isa, Default::default());
-        let mut params = [zero; K];
-        for (vector, &param) in params.iter_mut().zip(&self.params) {
-            *vector = V::splat(isa, param);
-        }
+        let params = splats::<I, V, K>(isa, &self.params);
         // From one vector of a group to the next, and from one group to the next.
         let (stride, step) = if ACROSS { (band.stride, V::LANES) } else { (V::LANES, GROUP * V::LANES) };
         let whole = if ACROSS && band.rows < GROUP { 0 } else { band.len - band.len % step };

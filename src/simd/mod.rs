@@ -168,6 +168,16 @@ pub trait Vector<I: Isa>: Copy {
     unsafe fn add_widened(self, sums: *mut f64);
 }
 
+/// Each value in every lane of a vector of its own. A loop: what `map` of an array calls may be compiled without the tier.
+#[inline(always)]
+pub(crate) fn splats<I: Isa, V: Vector<I>, const K: usize>(isa: I, values: &[V::Scalar; K]) -> [V; K] {
+    let mut vectors = [V::splat(isa, Default::default()); K];
+    for (vector, &value) in vectors.iter_mut().zip(values) {
+        *vector = V::splat(isa, value);
+    }
+    vectors
+}
+
 /// A scalar type that has vectors.
 pub trait Lanes: Copy + Default {
     /// Its logical vector on a tier.
