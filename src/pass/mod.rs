@@ -32,8 +32,10 @@ const FUSED_PLANE: usize = 512;
 const BATCH_BYTES: usize = 300 << 10;
 /// The most bytes of the images of a tensor's batch that are asked for while others are read: more would leave the cache again.
 const AHEAD_IMAGES: usize = 128 << 10;
-/// The most bytes of a batch that is asked for while another is written.
-const AHEAD_BATCH: usize = 768 << 10;
+/// The same in each image, where those of several tensors would crowd the same few places of a first-level cache.
+const AHEAD_IN_IMAGE: usize = 512;
+/// The most bytes of a batch that is asked for while another is written: it may wait in a third-level cache.
+const AHEAD_BATCH: usize = 4 << 20;
 /// Elements of a tile that is packed: a few of them stay in a second-level cache.
 const PACKED_TILE: usize = 65536;
 /// Merges of one channel that are worth another thread.
@@ -402,8 +404,10 @@ impl<'v> Context<'v> {
     ) {
         let (batch, element) = (batch_of::<E, R, S>(planar), PhantomData::<E>);
         let images = planar.block(0, 0).together();
-        let prefetches = self.large && images * batch * planar.plane * size_of::<E>() <= AHEAD_IMAGES;
-        dispatch(self.tier, planar::Reduce { planar, channels, reduction, batch, prefetches, close, element });
+        let stay = images * batch * planar.plane * size_of::<E>() <= AHEAD_IMAGES;
+        let next = if stay { images * planar.pitch() } else { 0 };
+        let ahead = if self.large { ahead::<E, R, S>(next) } else { 0 };
+        dispatch(self.tier, planar::Reduce { planar, channels, reduction, batch, ahead, close, element });
     }
 
     fn reduce_planar<E: Element, R: Reduction<E, S>, const S: usize>(
@@ -589,6 +593,11 @@ impl Stretches {
 /// Bytes of a channel of all tensors that a reduction reads.
 fn channel_bytes<E: Element, R: Reduction<E, S>, const S: usize>(planar: Planar) -> usize {
     planar.planes * planar.plane * size_of::<E>() * R::TENSORS
+}
+
+/// How many elements ahead of a band others are asked for, if those of the band after it are `next` elements on.
+fn ahead<E: Element, R: Reduction<E, S>, const S: usize>(next: usize) -> usize {
+    if R::TENSORS == 1 { next } else { AHEAD_IN_IMAGE / size_of::<E>() }
 }
 
 /// Channels that are reduced before the first of them is mapped.

@@ -3,7 +3,7 @@
 use core::marker::PhantomData;
 use core::ops::Range;
 
-use super::{BATCH, Close, Each, Merged, Reduction};
+use super::{BATCH, Close, Each, Merged, Reduction, ahead};
 use crate::element::Element;
 use crate::grid::Planar;
 use crate::kernel::map::{Map, Planes, Target, over_planes};
@@ -16,8 +16,8 @@ pub(super) struct Reduce<'a, E, R, const S: usize> {
     pub(super) reduction: &'a R,
     /// Channels of a batch.
     pub(super) batch: usize,
-    /// Whether images are asked for ahead.
-    pub(super) prefetches: bool,
+    /// How many elements ahead of what is read others are asked for, 0 for none.
+    pub(super) ahead: usize,
     /// Called with each batch.
     pub(super) close: Close<'a, (), S>,
     pub(super) element: PhantomData<E>,
@@ -34,7 +34,7 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Reduce<'_, E, R, S> {
     #[inline(always)]
     fn read<I: Isa>(&self, isa: I, read: Range<usize>, batch: &mut Batch<R::Block<I>, S>) {
         let Self { planar, reduction, .. } = *self;
-        let (plane, pitch) = (planar.plane, planar.pitch());
+        let plane = planar.plane;
         let (blocks, totals) = (&mut batch.blocks[..read.len()], &mut batch.totals);
         totals.count = 0;
         for b in 0..planar.blocks() {
@@ -44,10 +44,9 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Reduce<'_, E, R, S> {
                 *block = unsafe { reduction.begin(isa, c, first.shifted(i * plane)) };
             }
             for band in first.bands() {
-                let ahead = if self.prefetches { band.rows * pitch } else { 0 };
                 for (i, block) in blocks.iter_mut().enumerate() {
                     // SAFETY: the runs come from the grid.
-                    unsafe { reduction.add(isa, block, band.shifted(i * plane), ahead) };
+                    unsafe { reduction.add(isa, block, band.shifted(i * plane), self.ahead) };
                 }
             }
             let weights = totals.weights(first.size());
@@ -93,8 +92,8 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Kernel for Blocks<'_, E, R,
             *out = unsafe {
                 let mut block = self.reduction.begin(isa, self.first + c, runs);
                 for band in runs.bands() {
-                    let ahead = if runs.follow(band) { band.rows * band.stride } else { 0 };
-                    self.reduction.add(isa, &mut block, band, ahead);
+                    let next = if runs.follow(band) { band.rows * band.stride } else { 0 };
+                    self.reduction.add(isa, &mut block, band, ahead::<E, R, S>(next));
                 }
                 self.reduction.end(isa, &[block], (runs, 0)).map(|each| each[0])
             };
