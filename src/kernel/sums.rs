@@ -14,8 +14,8 @@ pub(crate) const GROUPS: usize = 4;
 
 /// Bytes that are asked for ahead in each of the rows that are read at a time, which the CPU does not foresee well.
 const AHEAD: usize = 512;
-/// Bytes from one row to the next, in all tensors, from which on fewer rows are read at a time: lines so far apart crowd the same few
-/// places of a first-level cache.
+/// Bytes from one row to the next at which all lines of a column crowd the same few places of a first-level cache, as many as eight
+/// in the smallest. The closer they come to that, the fewer rows are read at a time.
 const FAR: usize = 4096;
 
 /// Two terms per element, made of `K` parameters of the channel.
@@ -279,10 +279,10 @@ pub(crate) unsafe fn over_rows<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vect
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        if block.period * T::TENSORS < FAR / size_of::<R>() {
-            sweeps::<I, R, T, K, GROUPS>(isa, terms, block, columns);
-        } else {
-            sweeps::<I, R, T, K, { GROUPS / 2 }>(isa, terms, block, columns);
+        match (block.period * size_of::<R>()).min(FAR) * T::TENSORS {
+            ..2048 => sweeps::<I, R, T, K, GROUPS>(isa, terms, block, columns),
+            2048..8192 => sweeps::<I, R, T, K, { GROUPS / 2 }>(isa, terms, block, columns),
+            _ => sweeps::<I, R, T, K, { GROUPS / 4 }>(isa, terms, block, columns),
         }
     }
     columns.join(block);
