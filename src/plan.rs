@@ -33,8 +33,11 @@ pub enum Stores {
     Streaming,
 }
 
-/// Bytes of a tensor from which on memory is what a pass waits for: it is read ahead and stored past the caches.
+/// Bytes of a tensor from which on it comes from memory: it is read ahead, and once if it can be.
 const LARGE: usize = 8 << 20;
+/// Bytes that a pass reads and writes from which on its results go past the caches, on one thread and on more: those read a cache that
+/// they share faster, but write past it no faster.
+const STREAMED: [usize; 2] = [12 << 20, 16 << 20];
 
 /// Batch Normalization (Ioffe & Szegedy 2015) of tensors of one shape and element type.
 ///
@@ -293,19 +296,18 @@ impl<E: Element> BatchNorm<E> {
         }
     }
 
-    /// Whether a pass over so many `tensors` stores past the caches, one of both halves or of the second alone. In place the lines
-    /// are at hand anyway.
-    pub(crate) fn streams<T>(&self, in_place: bool, tensors: usize, is_whole: bool) -> bool {
-        let context = self.context_of::<T>();
+    /// Whether a pass over so many `tensors` stores past the caches. In place the lines are at hand anyway.
+    pub(crate) fn streams<T>(&self, in_place: bool, tensors: usize) -> bool {
         let bytes = self.shape.len() * size_of::<T>();
         !in_place
             && self.views.is_none()
             && match self.stores {
                 Stores::Cached => false,
                 Stores::Streaming => true,
-                Stores::Auto if is_whole && context.is_fused::<T>() => bytes >= LARGE,
-                // Two threads read a cache that they share twice as fast, but write past it no faster than one.
-                Stores::Auto => bytes.saturating_mul(tensors) >= 2 * LARGE * context.workers.min(2),
+                Stores::Auto => {
+                    let several = self.parallelism.workers(bytes) > 1;
+                    bytes.saturating_mul(tensors) >= STREAMED[usize::from(several)]
+                }
             }
     }
 
@@ -432,7 +434,7 @@ impl<E: Element> BatchNorm<E> {
     pub(crate) fn train(&self, io: InOut<'_, E>, affine: Affine<'_, E>, saved: &mut Saved<E::Param>) -> Result<()> {
         self.check_train(affine, saved)?;
         let count = self.count();
-        let normalize = self.normalize_to(io, affine, true);
+        let normalize = self.normalize_to(io, affine);
         self.execute(Operation::Train { normalize, record: saved.recorder(count, self.eps) });
         Ok(())
     }
@@ -477,18 +479,13 @@ impl<E: Element> BatchNorm<E> {
         self.check_affine(affine)?;
         self.check_population(population)?;
         let origin = Origin::Population { population, eps: self.eps };
-        self.execute(Operation::Normalize { normalize: self.normalize_to(io, affine, false), origin });
+        self.execute(Operation::Normalize { normalize: self.normalize_to(io, affine), origin });
         Ok(())
     }
 
-    pub(crate) fn normalize_to<'a>(
-        &self,
-        io: InOut<'a, E>,
-        affine: Affine<'a, E>,
-        is_whole: bool,
-    ) -> NormalizeTo<'a, E> {
+    pub(crate) fn normalize_to<'a>(&self, io: InOut<'a, E>, affine: Affine<'a, E>) -> NormalizeTo<'a, E> {
         let first_bit = affine.recording().map(|gates| gates.first());
-        let y = Target::new(io.to, self.streams::<E>(io.is_in_place(), 2, is_whole)).with_bits(first_bit);
+        let y = Target::new(io.to, self.streams::<E>(io.is_in_place(), 2)).with_bits(first_bit);
         NormalizeTo { x: io.from, affine, y }
     }
 
@@ -515,7 +512,7 @@ impl<E: Element> BatchNorm<E> {
     ) where
         M::Element: Storage<Compute = E::Param>,
     {
-        let target = Target::new(io.to, self.streams::<M::Element>(io.is_in_place(), 2, false));
+        let target = Target::new(io.to, self.streams::<M::Element>(io.is_in_place(), 2));
         if self.logical().is_empty() {
             return self.clear(target, map.zero());
         }
@@ -654,7 +651,7 @@ impl<E: Element> BatchNorm<E> {
         self.check_backward(saved, affine, dgamma.as_deref(), dbeta.as_deref())?;
         let from = self.upstreams(x, dy, saved, affine, self.count());
         let out = self.gradients_to(saved, dgamma, dbeta);
-        let streaming = self.streams::<E>(dx.is_some_and(|dx| dx.is_in_place()), 3, true);
+        let streaming = self.streams::<E>(dx.is_some_and(|dx| dx.is_in_place()), 3);
         let target = |to| Target::new(to, streaming);
         let (dx, dresidual) = (dx.map(|dx| target(dx.to)), dresidual.map(target));
         self.execute(Operation::Backward { from, dx, dresidual, out });

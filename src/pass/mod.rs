@@ -132,11 +132,6 @@ impl<'v> Context<'v> {
         self.large && planar.plane * size_of::<E>() >= FUSED_PLANE && self.by_channel(planar)
     }
 
-    /// The same for the tensors of this pass.
-    pub(crate) fn is_fused<E>(&self) -> bool {
-        matches!(self.geometry, Geometry::Planar(planar) if self.fuses::<E>(planar))
-    }
-
     /// `len` elements in rows so long, if there are any, cut into stretches that are mapped at a time.
     fn stretches<E: Storage>(&self, len: usize, row: usize, target: Target<'_, E>) -> Stretches {
         // A few for each thread.
