@@ -147,18 +147,20 @@ pub(crate) struct GradientSumsOf<'a, E: Element, U, const K: usize> {
 }
 
 impl<E: Element, U, const K: usize> GradientSumsOf<'_, E, U, K> {
-    /// The parameters of a channel, see [`gradient::of_rows`].
-    fn params(&self, c: usize) -> [E::Param; K] {
-        let mut params = [E::Param::default(); K];
+    /// The parameters of up to [`BATCH`] channels, see [`gradient::of_rows`].
+    #[inline(always)]
+    fn params(&self, channels: Range<usize>) -> [Each<E::Param>; K] {
+        let mut params = [[E::Param::default(); BATCH]; K];
         if self.is_plain {
-            params[1] = E::Param::from_f64(1.0);
+            params[1] = [E::Param::from_f64(1.0); BATCH];
             return params;
         }
-        let (hi, _, inv_std) = self.from.centre(c);
-        (params[0], params[1]) = (hi, inv_std);
+        let saved = self.from.saved.statistics(channels.clone());
+        for (i, (hi, _, inv_std)) in self.from.centres(channels.clone(), &saved).into_iter().enumerate() {
+            (params[0][i], params[1][i]) = (hi, inv_std);
+        }
         if K > 2 {
-            let [_, scale, shift] = self.from.saved.coefficients(self.from.affine, c);
-            (params[K - 2], params[K - 1]) = (scale, shift);
+            [_, params[K - 2], params[K - 1]] = lines(self.from.affine, channels, &saved);
         }
         params
     }
@@ -174,8 +176,21 @@ impl<E: Element, U: Upstream<E>, const K: usize> Reduction<E, 2> for GradientSum
     }
 
     #[inline(always)]
-    unsafe fn begin<I: Isa>(&self, isa: I, channel: usize, _: Runs) -> gradient::Block<I, E, K> {
-        RunSums::new(isa, self.params(channel))
+    unsafe fn begin<I: Isa>(
+        &self,
+        isa: I,
+        channels: Range<usize>,
+        _: (Runs, usize),
+        blocks: &mut [gradient::Block<I, E, K>],
+    ) {
+        let params = self.params(channels);
+        for (i, block) in blocks.iter_mut().enumerate() {
+            let mut of_channel = [E::Param::default(); K];
+            for (param, params) in of_channel.iter_mut().zip(&params) {
+                *param = params[i];
+            }
+            *block = RunSums::new(isa, of_channel);
+        }
     }
 
     #[inline(always)]
@@ -193,7 +208,7 @@ impl<E: Element, U: Upstream<E>, const K: usize> Reduction<E, 2> for GradientSum
     #[inline(always)]
     unsafe fn rows<I: Isa>(&self, isa: I, block: RowBlock, columns: &mut Columns<'_, E::Param>, out: [&mut [f64]; 2]) {
         // SAFETY: the caller's promise.
-        unsafe { gradient::of_rows(isa, self.pair, |c| self.params(c), block, columns, out) }
+        unsafe { gradient::of_rows(isa, self.pair, |channels| self.params(channels), block, columns, out) }
     }
 
     #[inline(always)]

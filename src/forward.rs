@@ -70,13 +70,6 @@ impl<P: Real> Saved<P> {
         corrected(affine.channel(c), self.renorm.as_ref().map(|renorm| renorm.correction(c)))
     }
 
-    /// `[hi, scale, shift]` of one channel.
-    #[inline(always)]
-    pub(crate) fn coefficients<E: Element<Param = P>>(&self, affine: Affine<'_, E>, c: usize) -> [P; 3] {
-        let (gamma, beta) = self.line(affine, c);
-        normalize::coefficients(self.centre(c), self.inv_std[c].to_f64(), gamma, beta)
-    }
-
     /// [`centre`] of one channel.
     #[inline(always)]
     pub(crate) fn centre(&self, c: usize) -> (P, f64) {
@@ -134,9 +127,17 @@ impl<E: Element> Reduction<E, 3> for MomentsOf<'_, E> {
     }
 
     #[inline(always)]
-    unsafe fn begin<I: Isa>(&self, isa: I, _: usize, runs: Runs) -> moments::Block<I, E> {
-        // SAFETY: the caller's promise; an empty tensor has no blocks.
-        unsafe { moments::begin(isa, self.0.as_ptr(), runs) }
+    unsafe fn begin<I: Isa>(
+        &self,
+        isa: I,
+        _: Range<usize>,
+        (first, plane): (Runs, usize),
+        blocks: &mut [moments::Block<I, E>],
+    ) {
+        for (i, block) in blocks.iter_mut().enumerate() {
+            // SAFETY: the caller's promise; an empty tensor has no blocks.
+            *block = unsafe { moments::begin(isa, self.0.as_ptr(), first.shifted(i * plane)) };
+        }
     }
 
     #[inline(always)]

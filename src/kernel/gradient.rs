@@ -7,10 +7,13 @@
 //! dx = gamma * inv_std * ((dy - dbeta/m) - xhat * dgamma/m)
 //! ```
 
+use core::ops::Range;
+
 use super::map::Map;
 use super::sums::{self, Columns, RowBlock, RunSums, Terms};
 use crate::activation::Bend;
 use crate::element::{Element, Real};
+use crate::forward::copy;
 use crate::gates::Recorded;
 use crate::grid::Runs;
 use crate::pass::{BATCH, Each};
@@ -345,7 +348,8 @@ unsafe fn in_f64<E: Element, U: Upstream<E>, const K: usize>(
 }
 
 /// `[sum(dy), sum(dy * (x - hi) * inv_std)]` of each channel of a block of rows, for the channels of
-/// `block.columns`; value `k` of channel `first + i` goes to `out[k][i]`. `params(c)` are those of [`Pair`].
+/// `block.columns`; value `k` of channel `first + i` goes to `out[k][i]`. `params` are those of [`Pair`],
+/// of up to [`BATCH`] channels.
 ///
 /// # Safety
 /// The block lies inside the tensors and starts with a row.
@@ -353,7 +357,7 @@ unsafe fn in_f64<E: Element, U: Upstream<E>, const K: usize>(
 pub(crate) unsafe fn of_rows<I: Isa, E: Element, U: Upstream<E>, const K: usize>(
     isa: I,
     pair: Pair<'_, E, U>,
-    params: impl Fn(usize) -> [E::Param; K],
+    params: impl Fn(Range<usize>) -> [Each<E::Param>; K],
     block: RowBlock,
     columns: &mut Columns<'_, E::Param>,
     out: [&mut [f64]; 2],
@@ -361,9 +365,12 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element, U: Upstream<E>, const K: usize>
     let channels = block.channels;
     let (first, last) = (block.columns.0, block.columns.1.min(block.channels));
     let padded = columns.wide[0].len();
-    for c in first..last {
-        for (k, param) in params(block.base + c).into_iter().enumerate() {
-            columns.params[k * padded + c - first] = param;
+    for from in (first..last).step_by(BATCH) {
+        let n = BATCH.min(last - from);
+        let values = params(block.base + from..block.base + from + n);
+        for (k, values) in values.iter().enumerate() {
+            let at = k * padded + from - first;
+            copy(&mut columns.params[at..at + n], &values[..n]);
         }
     }
     for c in channels..block.period {
@@ -387,7 +394,8 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element, U: Upstream<E>, const K: usize>
     for c in (0..width).filter(|&c| !is_sound([wide_a[c], wide_b[c]])) {
         let elements = (0..block.len / channels).map(|row| block.start + row * channels + first + c);
         // SAFETY: the elements are those of the channel in the block.
-        [a[c], b[c]] = unsafe { in_f64(pair, params(block.base + first + c), elements) };
+        [a[c], b[c]] =
+            unsafe { in_f64(pair, core::array::from_fn::<_, K, _>(|k| columns.params[k * padded + c]), elements) };
     }
 }
 

@@ -55,11 +55,11 @@ pub(crate) trait Reduction<E: Element, const S: usize>: Packs<E> + Sync {
     /// A block that was not started.
     fn blank<I: Isa>(&self, isa: I) -> Self::Block<I>;
 
-    /// Starts a block.
+    /// Starts a block of each of some neighbouring channels: the runs of the first one, and of each so many elements further on.
     ///
     /// # Safety
     /// The runs come from the grid of the tensors' shape.
-    unsafe fn begin<I: Isa>(&self, isa: I, channel: usize, runs: Runs) -> Self::Block<I>;
+    unsafe fn begin<I: Isa>(&self, isa: I, channels: Range<usize>, first: (Runs, usize), blocks: &mut [Self::Block<I>]);
 
     /// Adds a band of the block, or a part of it of whole groups. The elements `ahead` of it are prefetched, none for 0.
     ///
@@ -67,8 +67,7 @@ pub(crate) trait Reduction<E: Element, const S: usize>: Packs<E> + Sync {
     /// The band lies inside the tensors.
     unsafe fn add<I: Isa>(&self, isa: I, block: &mut Self::Block<I>, band: Band, ahead: usize);
 
-    /// The values of the blocks of neighbouring channels whose runs were all added: those of the first one, and each so many
-    /// elements further on. Value `k` of the `i`-th is `[k][i]`.
+    /// The values of the blocks that [`Reduction::begin`] started, whose runs were all added. Value `k` of the `i`-th is `[k][i]`.
     ///
     /// # Safety
     /// As [`Reduction::begin`], for all.

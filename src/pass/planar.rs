@@ -39,10 +39,8 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Reduce<'_, E, R, S> {
         totals.count = 0;
         for b in 0..planar.blocks() {
             let first = planar.block(read.start, b);
-            for (i, (c, block)) in read.clone().zip(&mut *blocks).enumerate() {
-                // SAFETY: the runs come from the grid.
-                *block = unsafe { reduction.begin(isa, c, first.shifted(i * plane)) };
-            }
+            // SAFETY: the runs come from the grid.
+            unsafe { reduction.begin(isa, read.clone(), (first, plane), blocks) };
             for band in first.bands() {
                 for (i, block) in blocks.iter_mut().enumerate() {
                     // SAFETY: the runs come from the grid.
@@ -90,12 +88,14 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Kernel for Blocks<'_, E, R,
             let runs = self.planar.block(c, b);
             // SAFETY: the runs come from the grid.
             *out = unsafe {
-                let mut block = self.reduction.begin(isa, self.first + c, runs);
+                let c = self.first + c;
+                let mut block = [self.reduction.blank(isa)];
+                self.reduction.begin(isa, c..c + 1, (runs, 0), &mut block);
                 for band in runs.bands() {
                     let next = if runs.follow(band) { band.rows * band.stride } else { 0 };
-                    self.reduction.add(isa, &mut block, band, ahead::<E, R, S>(next));
+                    self.reduction.add(isa, &mut block[0], band, ahead::<E, R, S>(next));
                 }
-                self.reduction.end(isa, &[block], (runs, 0)).map(|each| each[0])
+                self.reduction.end(isa, &block, (runs, 0)).map(|each| each[0])
             };
         }
     }
