@@ -1,4 +1,4 @@
-// oneDNN behind the line protocol of src/server.rs, in the layout given as argument: NCHW, NHWC or nChw16c.
+// oneDNN behind the line protocol of src/server.rs, in the layout given as argument: NCHW, NHWC, nChw8c or nChw16c.
 
 #include <chrono>
 #include <cstddef>
@@ -29,6 +29,7 @@ constexpr float eps = 1e-5F;
 tag tag_of(const std::string &layout) {
     if (layout == "NCHW") return tag::nchw;
     if (layout == "NHWC") return tag::nhwc;
+    if (layout == "nChw8c") return tag::nChw8c;
     if (layout == "nChw16c") return tag::nChw16c;
     throw std::invalid_argument("no such layout: " + layout);
 }

@@ -136,8 +136,10 @@ fn contestants(args: &Args, data: &Path) -> (Vec<Box<dyn Contestant>>, Vec<Strin
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("servers/pytorch.py");
     let pytorch = args.python.as_deref().map(|python| vec![python, &script]);
     let onednn = args.onednn.as_deref().map(|server| vec![server]);
+    // Blocks of a vector: others are left to a reference implementation.
+    let blocked = if std::arch::is_x86_feature_detected!("avx512f") { "nChw16c" } else { "nChw8c" };
     let servers: [(_, _, &[&str]); 2] =
-        [("PyTorch", pytorch, &["NCHW", "NHWC"]), ("oneDNN", onednn, &["NCHW", "NHWC", "nChw16c"])];
+        [("PyTorch", pytorch, &["NCHW", "NHWC"]), ("oneDNN", onednn, &["NCHW", "NHWC", blocked])];
     for (peer, command, layouts) in servers {
         if !wanted(peer) {
             continue;
@@ -257,7 +259,7 @@ fn rows(problem: &Problem, players: &mut [Player<'_>]) -> Vec<Row> {
     let mut rows = Vec::new();
     for (about, implementation, us) in peers {
         let our_layouts: &[&str] = match about.layout {
-            "nChw16c" => &["NCHW", "NHWC"],
+            "nChw8c" | "nChw16c" => &["NCHW", "NHWC"],
             same => &[same],
         };
         rows.extend(our_layouts.iter().map(|layout| row(about, implementation, *us, layout)));
