@@ -13,6 +13,7 @@ mod server;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use batchnorm::Tier;
 use clap::Parser;
 use contestant::{About, Contestant};
 use problem::{Dtype, Inputs, Pass, Problem, Size, compare};
@@ -137,7 +138,7 @@ fn contestants(args: &Args, data: &Path) -> (Vec<Box<dyn Contestant>>, Vec<Strin
     let pytorch = args.python.as_deref().map(|python| vec![python, &script]);
     let onednn = args.onednn.as_deref().map(|server| vec![server]);
     // Blocks of a vector: others are left to a reference implementation.
-    let blocked = if std::arch::is_x86_feature_detected!("avx512f") { "nChw16c" } else { "nChw8c" };
+    let blocked = if Tier::Avx512.is_available() { "nChw16c" } else { "nChw8c" };
     let servers: [(_, _, &[&str]); 2] =
         [("PyTorch", pytorch, &["NCHW", "NHWC"]), ("oneDNN", onednn, &["NCHW", "NHWC", blocked])];
     for (peer, command, layouts) in servers {
