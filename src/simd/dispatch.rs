@@ -99,35 +99,45 @@ impl Dispatched {
     }
 }
 
-/// A piece of work that is generic over the tier; `run` must be `#[inline(always)]`.
-pub(crate) trait Kernel {
+/// A piece of work that is generic over the tier; `run` must be `#[inline(always)]`. The functions that carry the tiers' features
+/// are methods, so that each is compiled with the module of its kernel, and the modules side by side.
+pub(crate) trait Kernel: Sized {
     type Output;
     fn run<I: Isa>(self, isa: I) -> Self::Output;
+
+    #[inline(never)]
+    fn run_portable(self, isa: Portable) -> Self::Output {
+        self.run(isa)
+    }
+
+    /// # Safety
+    /// As `isa` proves.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,f16c")]
+    unsafe fn run_avx2(self, isa: Avx2) -> Self::Output {
+        self.run(isa)
+    }
+
+    /// # Safety
+    /// As `isa` proves.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c")]
+    unsafe fn run_avx512(self, isa: Avx512) -> Self::Output {
+        self.run(isa)
+    }
 }
 
 /// Runs `kernel` on `tier`, compiled for the tier's features.
 pub(crate) fn dispatch<K: Kernel>(tier: Dispatched, kernel: K) -> K::Output {
     match tier {
-        Dispatched::Portable(isa) => kernel.run(isa),
+        Dispatched::Portable(isa) => kernel.run_portable(isa),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `isa` proves that its features were detected.
-        Dispatched::Avx2(isa) => unsafe { run_avx2(isa, kernel) },
+        Dispatched::Avx2(isa) => unsafe { kernel.run_avx2(isa) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `isa` proves that its features were detected.
-        Dispatched::Avx512(isa) => unsafe { run_avx512(isa, kernel) },
+        Dispatched::Avx512(isa) => unsafe { kernel.run_avx512(isa) },
     }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,f16c")]
-fn run_avx2<K: Kernel>(isa: Avx2, kernel: K) -> K::Output {
-    kernel.run(isa)
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c")]
-fn run_avx512<K: Kernel>(isa: Avx512, kernel: K) -> K::Output {
-    kernel.run(isa)
 }
 
 #[cfg(test)]
