@@ -111,11 +111,6 @@ impl Runs {
         if self.count >= BAND { BAND } else { 1 }
     }
 
-    /// Whether more runs follow after `band`.
-    pub(crate) fn follow(&self, band: Band) -> bool {
-        band.start + (band.rows - 1) * band.stride < self.start + (self.count - 1) * self.stride
-    }
-
     /// The runs `by` elements further on.
     pub(crate) fn shifted(self, by: usize) -> Self {
         Self { start: self.start + by, ..self }

@@ -7,6 +7,7 @@ mod rows;
 use core::marker::PhantomData;
 use core::ops::Range;
 
+use self::planar::{Reduce, Values};
 use crate::element::{Element, Real};
 use crate::forward::copy;
 use crate::grid::{Band, Geometry, Planar, Rows, Runs, for_each_piece, pieces};
@@ -396,12 +397,22 @@ impl<'v> Context<'v> {
         reduction: &R,
         close: Close<'_, (), S>,
     ) {
-        let (batch, element) = (batch_of::<E, R, S>(planar), PhantomData::<E>);
+        let (batch, values) = (batch_of::<E, R, S>(planar), Values::Merged(close));
+        let ahead = self.ahead::<E, R, S>(planar, batch);
+        let (blocks, first, element) = (0..planar.blocks(), 0, PhantomData::<E>);
+        let all = Reduce { planar, channels, blocks, first, reduction, batch, ahead, values, element };
+        dispatch(self.tier, all);
+    }
+
+    /// How many elements ahead of a band others are asked for while `batch` channels are reduced, 0 for none.
+    fn ahead<E: Element, R: Reduction<E, S>, const S: usize>(&self, planar: Planar, batch: usize) -> usize {
         let images = planar.block(0, 0).together();
         let stay = images * batch * planar.plane * size_of::<E>() <= AHEAD_IMAGES;
-        let next = if stay { images * planar.pitch() } else { 0 };
-        let ahead = if self.large { ahead::<E, R, S>(next) } else { 0 };
-        dispatch(self.tier, planar::Reduce { planar, channels, reduction, batch, ahead, close, element });
+        match self.large {
+            true if R::TENSORS > 1 => AHEAD_IN_IMAGE / size_of::<E>(),
+            true if stay => images * planar.pitch(),
+            _ => 0,
+        }
     }
 
     fn reduce_planar<E: Element, R: Reduction<E, S>, const S: usize>(
@@ -418,21 +429,29 @@ impl<'v> Context<'v> {
         }
         let values: &mut [[f64; S]] = wide.as_chunks_mut().0;
         let out = Disjoint::new(values);
-        for_each_piece(self.workers, planar.channels * planar.blocks(), &|piece, blocks| {
-            // SAFETY: the ranges of the pieces do not overlap.
-            let out = unsafe { out.slice(blocks.clone()) };
-            let Some(views) = self.views else {
-                let blocks = planar::Blocks { planar, first: 0, blocks, reduction, out, element: PhantomData::<E> };
-                return dispatch(self.tier, blocks);
-            };
-            for (block, out) in blocks.zip(out) {
-                let (first, runs) =
-                    (block / planar.blocks(), planar.block(block / planar.blocks(), block % planar.blocks()));
-                // SAFETY: a block of the grid, and the room of this piece.
-                let reduction = unsafe { reduction.packed(&mut Pack::new(views, runs, self.room_of(piece, room))) };
-                let planar = Planar { planes: runs.count, channels: 1, plane: runs.len };
-                let (reduction, out, element) = (&reduction, core::slice::from_mut(out), PhantomData::<E>);
-                dispatch(self.tier, planar::Blocks { planar, first, blocks: 0..1, reduction, out, element });
+        let (of_each, batch, element) = (planar.blocks(), 1, PhantomData::<E>);
+        let ahead = self.ahead::<E, R, S>(planar, batch);
+        for_each_piece(self.workers, planar.channels * of_each, &|piece, items| {
+            for channel in items.start / of_each..items.end.div_ceil(of_each) {
+                let block_of = |item: usize| item.saturating_sub(channel * of_each).min(of_each);
+                let blocks = block_of(items.start)..block_of(items.end);
+                let Some(views) = self.views else {
+                    let (channels, first, values) = (channel..channel + 1, 0, Values::Each(out, channel * of_each));
+                    let part = Reduce { planar, channels, blocks, first, reduction, batch, ahead, values, element };
+                    dispatch(self.tier, part);
+                    continue;
+                };
+                for block in blocks {
+                    let runs = planar.block(channel, block);
+                    // SAFETY: a block of the grid, and the room of this piece.
+                    let reduction =
+                        &unsafe { reduction.packed(&mut Pack::new(views, runs, self.room_of(piece, room))) };
+                    let planar = Planar { planes: runs.count, channels: 1, plane: runs.len };
+                    let (channels, blocks, ahead) = (0..1, 0..1, 0);
+                    let (first, values) = (channel, Values::Each(out, channel * of_each + block));
+                    let part = Reduce { planar, channels, blocks, first, reduction, batch, ahead, values, element };
+                    dispatch(self.tier, part);
+                }
             }
         });
         for channels in batches(0..planar.channels) {
@@ -587,11 +606,6 @@ impl Stretches {
 /// Bytes of a channel of all tensors that a reduction reads.
 fn channel_bytes<E: Element, R: Reduction<E, S>, const S: usize>(planar: Planar) -> usize {
     planar.planes * planar.plane * size_of::<E>() * R::TENSORS
-}
-
-/// How many elements ahead of a band others are asked for, if those of the band after it are `next` elements on.
-fn ahead<E: Element, R: Reduction<E, S>, const S: usize>(next: usize) -> usize {
-    if R::TENSORS == 1 { next } else { AHEAD_IN_IMAGE / size_of::<E>() }
 }
 
 /// Channels that are reduced before the first of them is mapped.

@@ -3,24 +3,37 @@
 use core::marker::PhantomData;
 use core::ops::Range;
 
-use super::{BATCH, Close, Each, Merged, Reduction, ahead};
+use super::{BATCH, Close, Each, Merged, Reduction, transpose};
 use crate::element::Element;
 use crate::grid::Planar;
 use crate::kernel::map::{Map, Planes, Target, over_planes};
 use crate::simd::{Dispatched, Isa, Kernel, Storage, dispatch};
+use crate::tensor::Disjoint;
 
-/// Reads a range of channels, batch after batch: the first half for whole channels.
+/// The first half for a range of channels, batch after batch.
 pub(super) struct Reduce<'a, E, R, const S: usize> {
     pub(super) planar: Planar,
     pub(super) channels: Range<usize>,
+    /// The blocks of each channel that are read.
+    pub(super) blocks: Range<usize>,
+    /// The channel that the first of the planes belongs to.
+    pub(super) first: usize,
     pub(super) reduction: &'a R,
     /// Channels of a batch.
     pub(super) batch: usize,
     /// How many elements ahead of what is read others are asked for, 0 for none.
     pub(super) ahead: usize,
-    /// Called with each batch.
-    pub(super) close: Close<'a, (), S>,
+    pub(super) values: Values<'a, S>,
     pub(super) element: PhantomData<E>,
+}
+
+/// Where the values of blocks go.
+#[derive(Clone, Copy)]
+pub(super) enum Values<'a, const S: usize> {
+    /// Those of all blocks of a channel, merged; called with each batch.
+    Merged(Close<'a, (), S>),
+    /// Those of each block of a single channel, of the first one at the place given.
+    Each(Disjoint<'a, [f64; S]>, usize),
 }
 
 /// What is known of the channels of a batch: of their blocks while they are read, and in all.
@@ -33,23 +46,33 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Reduce<'_, E, R, S> {
     /// Reduces the channels of `read` to the totals of `batch`.
     #[inline(always)]
     fn read<I: Isa>(&self, isa: I, read: Range<usize>, batch: &mut Batch<R::Block<I>, S>) {
-        let Self { planar, reduction, .. } = *self;
-        let plane = planar.plane;
+        let Self { planar, reduction, first: base, .. } = *self;
+        let (plane, channels) = (planar.plane, base + read.start..base + read.end);
         let (blocks, totals) = (&mut batch.blocks[..read.len()], &mut batch.totals);
         totals.count = 0;
-        for b in 0..planar.blocks() {
+        for b in self.blocks.clone() {
             let first = planar.block(read.start, b);
             // SAFETY: the runs come from the grid.
-            unsafe { reduction.begin(isa, read.clone(), (first, plane), blocks) };
+            unsafe { reduction.begin(isa, channels.clone(), (first, plane), blocks) };
             for band in first.bands() {
                 for (i, block) in blocks.iter_mut().enumerate() {
                     // SAFETY: the runs come from the grid.
                     unsafe { reduction.add(isa, block, band.shifted(i * plane), self.ahead) };
                 }
             }
-            let weights = totals.weights(first.size());
             // SAFETY: the runs come from the grid.
-            totals.add::<E, R>(weights, &unsafe { reduction.end(isa, blocks, (first, plane)) });
+            let values = unsafe { reduction.end(isa, blocks, (first, plane)) };
+            match self.values {
+                Values::Merged(_) => {
+                    let weights = totals.weights(first.size());
+                    totals.add::<E, R>(weights, &values);
+                }
+                Values::Each(out, at) => {
+                    // SAFETY: no other kernel has this block.
+                    let out = unsafe { out.slice(at + b..at + b + 1) };
+                    transpose(&values, out);
+                }
+            }
         }
     }
 }
@@ -62,41 +85,9 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Kernel for Reduce<'_, E, R,
         for start in self.channels.clone().step_by(self.batch) {
             let read = start..(start + self.batch).min(self.channels.end);
             self.read(isa, read.clone(), &mut batch);
-            (self.close)(read, &batch.totals.values);
-        }
-    }
-}
-
-/// The first half for a range of the blocks of all channels, channel by channel.
-pub(super) struct Blocks<'a, E, R, const S: usize> {
-    pub(super) planar: Planar,
-    /// The channel of the first plane.
-    pub(super) first: usize,
-    pub(super) blocks: Range<usize>,
-    pub(super) reduction: &'a R,
-    pub(super) out: &'a mut [[f64; S]],
-    pub(super) element: PhantomData<E>,
-}
-
-impl<E: Element, R: Reduction<E, S>, const S: usize> Kernel for Blocks<'_, E, R, S> {
-    type Output = ();
-    #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
-        let per_channel = self.planar.blocks();
-        for (block, out) in self.blocks.zip(self.out) {
-            let (c, b) = (block / per_channel, block % per_channel);
-            let runs = self.planar.block(c, b);
-            // SAFETY: the runs come from the grid.
-            *out = unsafe {
-                let c = self.first + c;
-                let mut block = [self.reduction.blank(isa)];
-                self.reduction.begin(isa, c..c + 1, (runs, 0), &mut block);
-                for band in runs.bands() {
-                    let next = if runs.follow(band) { band.rows * band.stride } else { 0 };
-                    self.reduction.add(isa, &mut block[0], band, ahead::<E, R, S>(next));
-                }
-                self.reduction.end(isa, &block, (runs, 0)).map(|each| each[0])
-            };
+            if let Values::Merged(close) = self.values {
+                close(read, &batch.totals.values);
+            }
         }
     }
 }
