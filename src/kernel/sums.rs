@@ -17,6 +17,8 @@ const AHEAD: usize = 512;
 /// Bytes from one row to the next at which all lines of a column crowd the same few places of a first-level cache, as many as eight
 /// in the smallest. The closer they come to that, the fewer rows are read at a time.
 const FAR: usize = 4096;
+/// Bytes that whole rows are asked for ahead in the order of their addresses, where they come from memory.
+const AHEAD_IN_ORDER: usize = 16 << 10;
 
 /// Two terms per element, made of `K` parameters of the channel.
 pub(crate) trait Terms<I: Isa, const K: usize> {
@@ -253,6 +255,8 @@ pub(crate) struct RowBlock {
     pub(crate) columns: (usize, usize),
     /// The channel of the first column; not zero where a tile of columns was packed.
     pub(crate) base: usize,
+    /// Whether the elements come from memory, rather than from a cache.
+    pub(crate) from_memory: bool,
 }
 
 /// Memory for the sums of rows: each array has a value per column, up to whole vectors.
@@ -277,24 +281,28 @@ pub(crate) unsafe fn over_rows<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vect
     block: RowBlock,
     columns: &mut Columns<'_, R>,
 ) {
+    let row = block.period * size_of::<R>();
+    let in_order = block.from_memory && row <= FAR && block.columns == (0, block.period);
     // SAFETY: the caller's promise.
     unsafe {
-        match (block.period * size_of::<R>()).min(FAR) * T::TENSORS {
-            ..2048 => sweeps::<I, R, T, K, GROUPS>(isa, terms, block, columns),
-            2048..8192 => sweeps::<I, R, T, K, { GROUPS / 2 }>(isa, terms, block, columns),
-            _ => sweeps::<I, R, T, K, { GROUPS / 4 }>(isa, terms, block, columns),
+        match row.min(FAR) * T::TENSORS {
+            _ if in_order => sweeps::<I, R, T, K, { GROUPS / 4 }>(isa, terms, block, columns, true),
+            ..2048 if T::TENSORS == 1 => sweeps::<I, R, T, K, GROUPS>(isa, terms, block, columns, false),
+            ..8192 => sweeps::<I, R, T, K, { GROUPS / 2 }>(isa, terms, block, columns, false),
+            _ => sweeps::<I, R, T, K, { GROUPS / 4 }>(isa, terms, block, columns, false),
         }
     }
     columns.join(block);
 }
 
-/// The sums of columns, `H` groups of rows at a time.
+/// The sums of columns, `H` groups of rows at a time. What follows is asked for `in_order`, or as it will be read.
 #[inline(always)]
 unsafe fn sweeps<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vector<I>>, const K: usize, const H: usize>(
     isa: I,
     terms: &T,
     block: RowBlock,
     columns: &mut Columns<'_, R>,
+    in_order: bool,
 ) {
     let lanes = R::Vector::<I>::LANES;
     let (first, last) = block.columns;
@@ -303,12 +311,13 @@ unsafe fn sweeps<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vector<I>>, const 
     assert!(columns.params.len() >= K * padded && columns.wide[1].len() == padded);
     assert!(columns.narrow.iter().all(|narrow| narrow.len() == padded));
     let params_at = columns.params.as_ptr();
-    let narrow = columns.narrow.each_mut().map(|narrow| narrow.as_mut_ptr());
+    // By hand: what `map` of an array calls is compiled for each kernel again, and not always for its tier.
+    let narrow = [columns.narrow[0].as_mut_ptr(), columns.narrow[1].as_mut_ptr()];
     let zero = R::Vector::<I>::splat(isa, R::default());
     // Places in the arrays count from the first column.
     let width = last - first;
     columns.wide.iter_mut().for_each(|wide| wide[..width.next_multiple_of(lanes)].fill(0.0));
-    let wide = columns.wide.each_mut().map(|wide| wide.as_mut_ptr());
+    let wide = [columns.wide[0].as_mut_ptr(), columns.wide[1].as_mut_ptr()];
     // Elements from one group of rows to the next, and of all groups of a sweep.
     let (step, tall) = (GROUP * block.period, H * GROUP * block.period);
     let ahead = AHEAD / size_of::<R>();
@@ -323,12 +332,25 @@ unsafe fn sweeps<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vector<I>>, const 
                 for (k, vector) in params.iter_mut().enumerate() {
                     *vector = R::Vector::<I>::load(isa, params_at.add(k * padded + c));
                 }
-                let [mut a, mut b] =
-                    if begins { [zero; 2] } else { narrow.map(|narrow| R::Vector::<I>::load(isa, narrow.add(c))) };
+                let (mut a, mut b) = (zero, zero);
+                if !begins {
+                    a = R::Vector::<I>::load(isa, narrow[0].add(c));
+                    b = R::Vector::<I>::load(isa, narrow[1].add(c));
+                }
                 let at = block.start + from + first + c;
                 if from + tall <= block.len && c + lanes <= width {
                     // At the end of these rows what follows in the next ones.
-                    let ahead = if c + ahead < width { ahead } else { ahead + tall - width };
+                    let ahead = match in_order {
+                        true => 0,
+                        false if c + ahead < width => ahead,
+                        false => ahead + tall - width,
+                    };
+                    if in_order {
+                        let next = block.start + from + tall + AHEAD_IN_ORDER / size_of::<R>() + c * H * GROUP;
+                        for i in 0..H * GROUP {
+                            terms.prefetch(isa, next.wrapping_add(i * lanes));
+                        }
+                    }
                     for g in 0..H {
                         let at = (at + g * step, lanes);
                         let (ga, gb) = group::<I, T, K, true>(isa, terms, &params, at, block.period, ahead);

@@ -37,6 +37,8 @@ const AHEAD_IMAGES: usize = 128 << 10;
 const AHEAD_IN_IMAGE: usize = 512;
 /// The most bytes of a batch that is asked for while another is written: it may wait in a third-level cache.
 const AHEAD_BATCH: usize = 4 << 20;
+/// Bytes of a tensor from which on hardly any of it is found in a cache: of the only one that a reduction reads, of each of several.
+const FROM_MEMORY: [usize; 2] = [16 << 20, 6 << 20];
 /// Elements of a tile that is packed: a few of them stay in a second-level cache.
 const PACKED_TILE: usize = 65536;
 /// Merges of one channel that are worth another thread.
@@ -512,6 +514,7 @@ impl<'v> Context<'v> {
         let (values, wide) = wide.split_at_mut(rows.blocks() * S * rows.channels);
         let (out, wide, work) = (Disjoint::new(values), Disjoint::new(wide), Disjoint::new(work));
         let width = self.row_width(rows);
+        let from_memory = rows.rows * rows.channels * size_of::<E>() > FROM_MEMORY[usize::from(R::TENSORS > 1)];
         for_each_piece(self.workers, rows.blocks() * tiles, &|piece, items| {
             let part = |values: usize| piece * values * width..(piece + 1) * values * width;
             // SAFETY: each piece has its own part of the work memory.
@@ -527,7 +530,7 @@ impl<'v> Context<'v> {
                     let at = (b * S + k) * rows.channels;
                     out.slice(at + tile.start..at + tile.end.min(rows.channels))
                 });
-                let (block, columns) = (rows::block(rows, b, tile), &mut columns);
+                let (block, columns) = (rows::block(rows, b, tile, from_memory), &mut columns);
                 let Some(views) = self.views else {
                     dispatch(self.tier, rows::Block { block, reduction, columns, out });
                     continue;

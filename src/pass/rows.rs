@@ -14,7 +14,7 @@ use crate::simd::{Isa, Kernel, Storage};
 use crate::tensor::Disjoint;
 
 /// A tile of a block of rows, as the kernels take it.
-pub(super) fn block(rows: Rows, block: usize, tile: Range<usize>) -> RowBlock {
+pub(super) fn block(rows: Rows, block: usize, tile: Range<usize>, from_memory: bool) -> RowBlock {
     let range = rows.block(block);
     RowBlock {
         channels: rows.channels,
@@ -23,6 +23,7 @@ pub(super) fn block(rows: Rows, block: usize, tile: Range<usize>) -> RowBlock {
         period: rows.period(),
         columns: (tile.start, tile.end),
         base: 0,
+        from_memory,
     }
 }
 
@@ -31,13 +32,13 @@ pub(super) fn packed(block: RowBlock) -> (Runs, RowBlock) {
     let (first, last) = block.columns;
     if last - first == block.period {
         let runs = Runs { start: block.start, len: block.len, count: 1, stride: 0 };
-        return (runs, RowBlock { start: 0, ..block });
+        return (runs, RowBlock { start: 0, from_memory: false, ..block });
     }
     let (width, rows) = (last - first, block.len / block.channels);
     let runs = Runs { start: block.start + first, len: width, count: rows, stride: block.channels };
     let len = rows * width;
     let columns = (0, width);
-    (runs, RowBlock { channels: width, start: 0, len, period: width, columns, base: first })
+    (runs, RowBlock { channels: width, start: 0, len, period: width, columns, base: first, from_memory: false })
 }
 
 /// The first half for a tile of a block of rows.
