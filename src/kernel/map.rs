@@ -12,8 +12,10 @@ const CROWDED: usize = 16 << 10;
 /// The fewest bytes of a row that are worth going to before the next row.
 const STRIP: usize = 4 << 10;
 
-/// Bytes that rows are asked for ahead: from a cache, and from memory.
-const AHEAD: (usize, usize) = (2 << 10, 8 << 10);
+/// Bytes that rows are asked for ahead in a cache.
+const AHEAD: usize = 2 << 10;
+/// The same from memory, of rows and of planes.
+pub(crate) const AHEAD_STREAMED: usize = 8 << 10;
 
 /// A value per element, made of `K` parameters of the channel.
 pub(crate) trait Map<const K: usize>: Packs<Self::Element> + Sync {
@@ -309,7 +311,7 @@ unsafe fn rows<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
             let vectors = (period - first.column).div_ceil(lanes).min((len - i) / lanes);
             for v in 0..vectors {
                 let at = start + i + v * lanes;
-                let ahead = if STREAM { AHEAD.1 } else { AHEAD.0 };
+                let ahead = if STREAM { AHEAD_STREAMED } else { AHEAD };
                 map.prefetch(isa, at + ahead / size_of::<M::Element>());
                 params.column = first.column + v * lanes;
                 let value = map.at::<I, true>(isa, &params.get(isa), at, lanes);

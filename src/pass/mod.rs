@@ -27,10 +27,11 @@ const MAP_STRETCH: usize = 16384;
 const STREAMED_STRETCH: usize = 1 << 18;
 /// The most channels of a batch.
 pub(crate) const BATCH: usize = 16;
-/// The shortest plane that a pass goes over once, in bytes.
-const FUSED_PLANE: usize = 512;
-/// Bytes of the channels that a thread reduces before it maps the first of them: two such batches fit in a second-level cache.
-const BATCH_BYTES: usize = 300 << 10;
+/// The shortest plane that a pass goes over once, in bytes: of shorter ones a batch has too little in a row of each image.
+const FUSED_PLANE: usize = 192;
+/// Bytes of the channels that a thread reduces before it maps the first of them. The more of an image lies in a row, the faster it
+/// comes from memory; but the next batch is to wait in a second-level cache beside this one.
+const BATCH_BYTES: usize = 600 << 10;
 /// The most bytes of the images of a tensor's batch that are asked for while others are read: more would leave the cache again.
 const AHEAD_IMAGES: usize = 128 << 10;
 /// The same in each image, where those of several tensors would crowd the same few places of a first-level cache.

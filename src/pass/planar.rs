@@ -6,7 +6,7 @@ use core::ops::Range;
 use super::{BATCH, Close, Each, Merged, Reduction, transpose};
 use crate::element::Element;
 use crate::grid::Planar;
-use crate::kernel::map::{Map, Planes, Target, over_planes};
+use crate::kernel::map::{AHEAD_STREAMED, Map, Planes, Target, over_planes};
 use crate::simd::{Dispatched, Isa, Kernel, Storage, dispatch};
 use crate::tensor::Disjoint;
 
@@ -135,7 +135,8 @@ pub(super) unsafe fn map<M: Map<K>, const K: usize>(
     let Planar { plane, channels, .. } = planar;
     let (index, at, end) = (elements.start / plane, elements.start - origin, elements.end - origin);
     let (channel, plane_end) = (index % channels, (index + 1) * plane - origin);
-    let planes = Planes { plane, at, channel, plane_end, end, ahead: 0 };
+    let ahead = if target.streaming { AHEAD_STREAMED / size_of::<M::Element>() } else { 0 };
+    let planes = Planes { plane, at, channel, plane_end, end, ahead };
     dispatch(tier, Write { map, planes, images: 1, pitch: 0, params, target });
 }
 
