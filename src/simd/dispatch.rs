@@ -115,6 +115,7 @@ pub(crate) trait Kernel: Sized {
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,f16c")]
     unsafe fn run_avx2(self, isa: Avx2) -> Self::Output {
+        align_frame();
         self.run(isa)
     }
 
@@ -123,8 +124,20 @@ pub(crate) trait Kernel: Sized {
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c")]
     unsafe fn run_avx512(self, isa: Avx512) -> Self::Output {
+        align_frame();
         self.run(isa)
     }
+}
+
+/// Makes the frame of the function that this is inlined into begin at a whole line, so that vectors that are kept there do not cross
+/// lines or pages: compilers align frames for variables, but not for registers that they save.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn align_frame() {
+    #[repr(align(64))]
+    struct Line;
+    let mut line = core::mem::MaybeUninit::<Line>::uninit();
+    core::hint::black_box(&mut line);
 }
 
 /// Runs `kernel` on `tier`, compiled for the tier's features.
