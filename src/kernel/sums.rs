@@ -286,10 +286,9 @@ pub(crate) unsafe fn over_rows<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vect
     // SAFETY: the caller's promise.
     unsafe {
         match row.min(FAR) * T::TENSORS {
-            _ if in_order => sweeps::<I, R, T, K, { GROUPS / 4 }>(isa, terms, block, columns, true),
-            ..2048 if T::TENSORS == 1 => sweeps::<I, R, T, K, GROUPS>(isa, terms, block, columns, false),
-            ..8192 => sweeps::<I, R, T, K, { GROUPS / 2 }>(isa, terms, block, columns, false),
-            _ => sweeps::<I, R, T, K, { GROUPS / 4 }>(isa, terms, block, columns, false),
+            ..2048 if !in_order && T::TENSORS == 1 => sweeps::<I, R, T, K, GROUPS>(isa, terms, block, columns, false),
+            ..8192 if !in_order => sweeps::<I, R, T, K, { GROUPS / 2 }>(isa, terms, block, columns, false),
+            _ => sweeps::<I, R, T, K, { GROUPS / 4 }>(isa, terms, block, columns, in_order),
         }
     }
     columns.join(block);
@@ -339,18 +338,18 @@ unsafe fn sweeps<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vector<I>>, const 
                 }
                 let at = block.start + from + first + c;
                 if from + tall <= block.len && c + lanes <= width {
-                    // At the end of these rows what follows in the next ones.
-                    let ahead = match in_order {
-                        true => 0,
-                        false if c + ahead < width => ahead,
-                        false => ahead + tall - width,
-                    };
-                    if in_order {
+                    let ahead = if in_order {
                         let next = block.start + from + tall + AHEAD_IN_ORDER / size_of::<R>() + c * H * GROUP;
                         for i in 0..H * GROUP {
                             terms.prefetch(isa, next.wrapping_add(i * lanes));
                         }
-                    }
+                        0
+                    } else if c + ahead < width {
+                        ahead
+                    } else {
+                        // At the end of these rows what follows in the next ones.
+                        ahead + tall - width
+                    };
                     for g in 0..H {
                         let at = (at + g * step, lanes);
                         let (ga, gb) = group::<I, T, K, true>(isa, terms, &params, at, block.period, ahead);

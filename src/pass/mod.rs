@@ -402,8 +402,8 @@ impl<'v> Context<'v> {
     ) {
         let (batch, values) = (batch_of::<E, R, S>(planar), Values::Merged(close));
         let ahead = self.ahead::<E, R, S>(planar, batch);
-        let (blocks, first, element) = (0..planar.blocks(), 0, PhantomData::<E>);
-        let all = Reduce { planar, channels, blocks, first, reduction, batch, ahead, values, element };
+        let (blocks, base, element) = (0..planar.blocks(), 0, PhantomData::<E>);
+        let all = Reduce { planar, channels, blocks, base, reduction, batch, ahead, values, element };
         dispatch(self.tier, all);
     }
 
@@ -432,28 +432,35 @@ impl<'v> Context<'v> {
         }
         let values: &mut [[f64; S]] = wide.as_chunks_mut().0;
         let out = Disjoint::new(values);
-        let (of_each, batch, element) = (planar.blocks(), 1, PhantomData::<E>);
+        let (of_each, batch) = (planar.blocks(), 1);
         let ahead = self.ahead::<E, R, S>(planar, batch);
         for_each_piece(self.workers, planar.channels * of_each, &|piece, items| {
             for channel in items.start / of_each..items.end.div_ceil(of_each) {
                 let block_of = |item: usize| item.saturating_sub(channel * of_each).min(of_each);
-                let blocks = block_of(items.start)..block_of(items.end);
+                let (blocks, at) = (block_of(items.start)..block_of(items.end), channel * of_each);
+                let part = Reduce {
+                    planar,
+                    channels: channel..channel + 1,
+                    blocks: blocks.clone(),
+                    base: 0,
+                    reduction,
+                    batch,
+                    ahead,
+                    values: Values::Each(out, at),
+                    element: PhantomData::<E>,
+                };
                 let Some(views) = self.views else {
-                    let (channels, first, values) = (channel..channel + 1, 0, Values::Each(out, channel * of_each));
-                    let part = Reduce { planar, channels, blocks, first, reduction, batch, ahead, values, element };
                     dispatch(self.tier, part);
                     continue;
                 };
                 for block in blocks {
                     let runs = planar.block(channel, block);
                     // SAFETY: a block of the grid, and the room of this piece.
-                    let reduction =
-                        &unsafe { reduction.packed(&mut Pack::new(views, runs, self.room_of(piece, room))) };
+                    let packed = unsafe { reduction.packed(&mut Pack::new(views, runs, self.room_of(piece, room))) };
                     let planar = Planar { planes: runs.count, channels: 1, plane: runs.len };
-                    let (channels, blocks, ahead) = (0..1, 0..1, 0);
-                    let (first, values) = (channel, Values::Each(out, channel * of_each + block));
-                    let part = Reduce { planar, channels, blocks, first, reduction, batch, ahead, values, element };
-                    dispatch(self.tier, part);
+                    let (channels, blocks, base, values) = (0..1, 0..1, channel, Values::Each(out, at + block));
+                    let reduction = &packed;
+                    dispatch(self.tier, Reduce { planar, channels, blocks, base, reduction, ahead: 0, values, ..part });
                 }
             }
         });
@@ -515,7 +522,8 @@ impl<'v> Context<'v> {
         let (values, wide) = wide.split_at_mut(rows.blocks() * S * rows.channels);
         let (out, wide, work) = (Disjoint::new(values), Disjoint::new(wide), Disjoint::new(work));
         let width = self.row_width(rows);
-        let from_memory = rows.rows * rows.channels * size_of::<E>() > FROM_MEMORY[usize::from(R::TENSORS > 1)];
+        let bytes = rows.rows * rows.channels * size_of::<E>();
+        let from_memory = self.views.is_none() && bytes > FROM_MEMORY[usize::from(R::TENSORS > 1)];
         for_each_piece(self.workers, rows.blocks() * tiles, &|piece, items| {
             let part = |values: usize| piece * values * width..(piece + 1) * values * width;
             // SAFETY: each piece has its own part of the work memory.

@@ -17,7 +17,7 @@ pub(super) struct Reduce<'a, E, R, const S: usize> {
     /// The blocks of each channel that are read.
     pub(super) blocks: Range<usize>,
     /// The channel that the first of the planes belongs to.
-    pub(super) first: usize,
+    pub(super) base: usize,
     pub(super) reduction: &'a R,
     /// Channels of a batch.
     pub(super) batch: usize,
@@ -46,7 +46,7 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Reduce<'_, E, R, S> {
     /// Reduces the channels of `read` to the totals of `batch`.
     #[inline(always)]
     fn read<I: Isa>(&self, isa: I, read: Range<usize>, batch: &mut Batch<R::Block<I>, S>) {
-        let Self { planar, reduction, first: base, .. } = *self;
+        let Self { planar, reduction, base, .. } = *self;
         let (plane, channels) = (planar.plane, base + read.start..base + read.end);
         let (blocks, totals) = (&mut batch.blocks[..read.len()], &mut batch.totals);
         totals.count = 0;

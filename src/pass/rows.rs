@@ -32,13 +32,13 @@ pub(super) fn packed(block: RowBlock) -> (Runs, RowBlock) {
     let (first, last) = block.columns;
     if last - first == block.period {
         let runs = Runs { start: block.start, len: block.len, count: 1, stride: 0 };
-        return (runs, RowBlock { start: 0, from_memory: false, ..block });
+        return (runs, RowBlock { start: 0, ..block });
     }
     let (width, rows) = (last - first, block.len / block.channels);
     let runs = Runs { start: block.start + first, len: width, count: rows, stride: block.channels };
     let len = rows * width;
     let columns = (0, width);
-    (runs, RowBlock { channels: width, start: 0, len, period: width, columns, base: first, from_memory: false })
+    (runs, RowBlock { channels: width, start: 0, len, period: width, columns, base: first, ..block })
 }
 
 /// The first half for a tile of a block of rows.
