@@ -170,50 +170,47 @@ impl<I: Isa, V: Vector<I>, const K: usize> RunSums<I, V, K> {
         band: Band,
         ahead: usize,
     ) {
-        let zero = V::splat(isa, Default::default());
         let params = splats::<I, V, K>(isa, &self.params);
         // From one vector of a group to the next, and from one group to the next.
         let (stride, step) = if ACROSS { (band.stride, V::LANES) } else { (V::LANES, GROUP * V::LANES) };
         let whole = if ACROSS && band.rows < GROUP { 0 } else { band.len - band.len % step };
-        let mut i = 0;
-        while i < band.len {
-            let [mut a, mut b] = self.narrow;
-            // Up to where sums are widened, without a look at how far that is.
-            let groups = GROUPS - self.groups;
-            let whole_groups = groups.min((whole - i.min(whole)) / step);
-            for _ in 0..whole_groups {
-                let at = (band.start + i, V::LANES);
-                // SAFETY: the elements asked for lie inside the band.
-                let (ga, gb) = unsafe { group::<I, T, K, true>(isa, terms, &params, at, stride, ahead) };
-                (a, b) = (a.add(ga), b.add(gb));
-                i += step;
-            }
-            self.groups += whole_groups;
-            if whole_groups < groups && i < band.len {
-                let (at, left) = (band.start + i, band.len - i);
-                let rest = |j: usize| match ACROSS {
-                    true if j < band.rows => left,
-                    true => 0,
-                    false => left.saturating_sub(j * V::LANES),
-                };
-                // SAFETY: the elements asked for lie inside the band.
-                let (ga, gb) = unsafe {
-                    // Without a look at each row.
-                    if ACROSS && band.rows == GROUP && left < V::LANES {
-                        group::<I, T, K, false>(isa, terms, &params, (at, left), stride, ahead)
-                    } else {
-                        partial::<I, T, K>(isa, terms, &params, at, stride, ahead, rest)
-                    }
-                };
-                (a, b) = (a.add(ga), b.add(gb));
-                i += step;
-                self.groups += 1;
-            }
-            if self.groups == GROUPS {
-                self.wide = [a.widen_onto(self.wide[0]), b.widen_onto(self.wide[1])];
-                (a, b, self.groups) = (zero, zero, 0);
-            }
-            self.narrow = [a, b];
+        // In registers, but for the sums in f64.
+        let (mut narrow, mut groups) = (self.narrow, self.groups);
+        for i in (0..whole).step_by(step) {
+            let at = (band.start + i, V::LANES);
+            // SAFETY: the elements asked for lie inside the band.
+            let (a, b) = unsafe { group::<I, T, K, true>(isa, terms, &params, at, stride, ahead) };
+            self.push(isa, (&mut narrow, &mut groups), a, b);
+        }
+        for i in (whole..band.len).step_by(step) {
+            let (at, left) = (band.start + i, band.len - i);
+            let rest = |j: usize| match ACROSS {
+                true if j < band.rows => left,
+                true => 0,
+                false => left.saturating_sub(j * V::LANES),
+            };
+            // SAFETY: the elements asked for lie inside the band.
+            let (a, b) = unsafe {
+                // Without a look at each row.
+                if ACROSS && band.rows == GROUP && left < V::LANES {
+                    group::<I, T, K, false>(isa, terms, &params, (at, left), stride, ahead)
+                } else {
+                    partial::<I, T, K>(isa, terms, &params, at, stride, ahead, rest)
+                }
+            };
+            self.push(isa, (&mut narrow, &mut groups), a, b);
+        }
+        (self.narrow, self.groups) = (narrow, groups);
+    }
+
+    /// Adds the sums of a group to the `narrow` ones of so many, and those to the wide ones where they are as many as may be.
+    #[inline(always)]
+    fn push(&mut self, isa: I, (narrow, groups): (&mut [V; 2], &mut usize), a: V, b: V) {
+        *narrow = [narrow[0].add(a), narrow[1].add(b)];
+        *groups += 1;
+        if *groups == GROUPS {
+            self.wide = [narrow[0].widen_onto(self.wide[0]), narrow[1].widen_onto(self.wide[1])];
+            (*narrow, *groups) = ([V::splat(isa, Default::default()); 2], 0);
         }
     }
 
