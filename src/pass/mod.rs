@@ -15,7 +15,7 @@ use crate::kernel::map::{Map, Target};
 use crate::kernel::sums::{Columns, RowBlock};
 use crate::moments::MergeWeights;
 use crate::scratch::{Need, Scratch};
-use crate::simd::{Dispatched, Isa, Kernel, MAX_LANES, Storage, dispatch};
+use crate::simd::{Dispatched, Isa, Kernel, MAX_LANES, Storage, Tier, dispatch};
 use crate::tensor::Disjoint;
 use crate::view::{Pack, Packs, Views, room_for};
 
@@ -32,6 +32,8 @@ const FUSED_PLANE: usize = 192;
 /// Bytes of the channels that a thread reduces before it maps the first of them. The more of an image lies in a row, the faster it
 /// comes from memory; but the next batch is to wait in a second-level cache beside this one.
 const BATCH_BYTES: usize = 600 << 10;
+/// The same where the next batch is not asked for, see [`Context::asks`]: the rows may be longer.
+const UNASKED_BATCH_BYTES: usize = 1200 << 10;
 /// The most bytes of the images of a tensor's batch that are asked for while others are read: more would leave the cache again.
 const AHEAD_IMAGES: usize = 128 << 10;
 /// The same in each image, where those of several tensors would crowd the same few places of a first-level cache.
@@ -133,6 +135,12 @@ impl<'v> Context<'v> {
     /// Whether both halves go over the tensor together: not where it stays in a cache, nor in short steps.
     fn fuses<E>(&self, planar: Planar) -> bool {
         self.large && planar.plane * size_of::<E>() >= FUSED_PLANE && self.by_channel(planar)
+    }
+
+    /// Whether a batch is asked for while another is mapped. A lone thread that reads four images at a time need not: the CPU foresees
+    /// them, faster than a core may ask for lines, and sums of 256 bits take as long as what comes so.
+    fn asks(&self, planar: Planar) -> bool {
+        self.workers > 1 || planar.block(0, 0).together() == 1 || self.tier.tier() == Tier::Avx512
     }
 
     /// `len` elements in rows so long, if there are any, cut into stretches that are mapped at a time.
@@ -271,8 +279,9 @@ impl<'v> Context<'v> {
                         let mut params = [[E::Param::default(); K]; BATCH];
                         transpose(&plain(close(read.clone(), values)), &mut params);
                         // The next batch is asked for while this one is written, which leaves the read side of memory idle.
-                        let bytes = channel_bytes::<E, R, S>(planar) * read.len();
-                        let ahead = if read.end < end && bytes <= AHEAD_BATCH { read.len() * planar.plane } else { 0 };
+                        let waits = channel_bytes::<E, R, S>(planar) * read.len() <= AHEAD_BATCH;
+                        let asks = read.end < end && waits && self.asks(planar);
+                        let ahead = if asks { read.len() * planar.plane } else { 0 };
                         // SAFETY: these channels belong to this piece alone.
                         unsafe {
                             planar::map_batch(self.tier, planar, map, target, &params[..read.len()], read, ahead)
@@ -400,7 +409,9 @@ impl<'v> Context<'v> {
         reduction: &R,
         close: Close<'_, (), S>,
     ) {
-        let (batch, values) = (batch_of::<E, R, S>(planar), Values::Merged(close));
+        let bytes = if self.large && !self.asks(planar) { UNASKED_BATCH_BYTES } else { BATCH_BYTES };
+        let batch = (bytes / channel_bytes::<E, R, S>(planar)).clamp(1, BATCH);
+        let values = Values::Merged(close);
         let ahead = self.ahead::<E, R, S>(planar, batch);
         let (blocks, base, element) = (0..planar.blocks(), 0, PhantomData::<E>);
         let all = Reduce { planar, channels, blocks, base, reduction, batch, ahead, values, element };
@@ -618,11 +629,6 @@ impl Stretches {
 /// Bytes of a channel of all tensors that a reduction reads.
 fn channel_bytes<E: Element, R: Reduction<E, S>, const S: usize>(planar: Planar) -> usize {
     planar.planes * planar.plane * size_of::<E>() * R::TENSORS
-}
-
-/// Channels that are reduced before the first of them is mapped.
-fn batch_of<E: Element, R: Reduction<E, S>, const S: usize>(planar: Planar) -> usize {
-    (BATCH_BYTES / channel_bytes::<E, R, S>(planar)).clamp(1, BATCH)
 }
 
 /// Ranges of up to [`BATCH`] channels.
