@@ -40,6 +40,8 @@ const AHEAD_IMAGES: usize = 128 << 10;
 const AHEAD_IN_IMAGE: usize = 512;
 /// The most bytes of a batch that is asked for while another is written: it may wait in a third-level cache.
 const AHEAD_BATCH: usize = 4 << 20;
+/// Bytes that are asked for ahead in a batch that is mapped, where the next one is not: it may wait in a third-level cache.
+const AHEAD_MAPPED: usize = 1 << 10;
 /// Bytes of a tensor from which on hardly any of it is found in a cache: of the only one that a reduction reads, of each of several.
 const FROM_MEMORY: [usize; 2] = [16 << 20, 6 << 20];
 /// Elements of a tile that is packed: a few of them stay in a second-level cache.
@@ -281,7 +283,7 @@ impl<'v> Context<'v> {
                         // The next batch is asked for while this one is written, which leaves the read side of memory idle.
                         let waits = channel_bytes::<E, R, S>(planar) * read.len() <= AHEAD_BATCH;
                         let asks = read.end < end && waits && self.asks(planar);
-                        let ahead = if asks { read.len() * planar.plane } else { 0 };
+                        let ahead = if asks { read.len() * planar.plane } else { AHEAD_MAPPED / size_of::<E>() };
                         // SAFETY: these channels belong to this piece alone.
                         unsafe {
                             planar::map_batch(self.tier, planar, map, target, &params[..read.len()], read, ahead)
