@@ -5,6 +5,7 @@
 
 use core::ops::Range;
 
+use crate::kernel::sums::GROUPS;
 use crate::shape::{Layout, Shape};
 use crate::simd::MAX_LANES;
 
@@ -132,32 +133,33 @@ impl Planar {
         self.channels * self.plane
     }
 
-    /// Blocks of one channel. A large plane is cut, small ones are put together.
+    /// Blocks of one channel. Small planes are put together, large ones cut.
     pub(crate) fn blocks(&self) -> usize {
-        if self.plane > PLANAR_BLOCK {
-            self.planes * self.plane.div_ceil(PLANAR_BLOCK)
-        } else {
-            self.planes.div_ceil(self.planes_per_block())
-        }
+        self.planes.div_ceil(self.planes_per_block()) * self.cuts()
     }
 
+    /// Planes of a block: whole bands if there are enough planes, since runs that are read together come from memory sooner.
     fn planes_per_block(&self) -> usize {
-        let planes = PLANAR_BLOCK / self.plane.max(1);
-        // Whole bands.
-        if planes < BAND { planes } else { planes / BAND * BAND }
+        let planes = (PLANAR_BLOCK / self.plane.max(1)).max(1);
+        if planes.max(self.planes) < BAND { planes } else { planes.max(BAND) / BAND * BAND }
+    }
+
+    /// Parts that each plane is cut into, so that a block has no more than [`PLANAR_BLOCK`] elements.
+    fn cuts(&self) -> usize {
+        (self.plane.saturating_mul(self.planes_per_block())).div_ceil(PLANAR_BLOCK).max(1)
     }
 
     pub(crate) fn block(&self, channel: usize, block: usize) -> Runs {
-        let stride = self.pitch();
-        if self.plane > PLANAR_BLOCK {
-            let cuts = self.plane.div_ceil(PLANAR_BLOCK);
-            let (plane, from) = (block / cuts, block % cuts * PLANAR_BLOCK);
-            let start = plane * stride + channel * self.plane + from;
-            Runs { start, len: PLANAR_BLOCK.min(self.plane - from), count: 1, stride }
-        } else {
-            let first = block * self.planes_per_block();
-            let count = self.planes_per_block().min(self.planes - first);
-            Runs { start: first * stride + channel * self.plane, len: self.plane, count, stride }
+        let (planes, cuts, stride) = (self.planes_per_block(), self.cuts(), self.pitch());
+        let (first, cut) = (block / cuts * planes, block % cuts);
+        // Whole sets of groups. A plane is longer than all but one of the longest parts, so none is empty.
+        let part = self.plane.div_ceil(cuts).next_multiple_of(GROUPS * MAX_LANES);
+        let from = cut * part;
+        Runs {
+            start: first * stride + channel * self.plane + from,
+            len: part.min(self.plane - from),
+            count: planes.min(self.planes - first),
+            stride,
         }
     }
 }
@@ -326,8 +328,8 @@ mod tests {
     use super::*;
 
     fn shapes() -> impl Iterator<Item = (usize, usize, usize)> {
-        let spatial = [1, 2, 49, 784, 8191, 8192, 8193, 20000];
-        [1, 2, 3, 33].into_iter().flat_map(move |n| spatial.into_iter().map(move |s| (n, 5, s)))
+        let spatial = [1, 2, 49, 784, 2048, 2049, 2731, 8191, 8192, 8193, 20000, 67650];
+        [1, 2, 3, 4, 5, 33].into_iter().flat_map(move |n| spatial.into_iter().map(move |s| (n, 5, s)))
     }
 
     #[test]
@@ -338,6 +340,7 @@ mod tests {
             for channel in 0..channels {
                 for block in 0..p.blocks() {
                     let runs = p.block(channel, block);
+                    assert!((1..=PLANAR_BLOCK).contains(&runs.size()), "{p:?} {runs:?}");
                     for i in 0..runs.size() {
                         let at = runs.start + i / runs.len * runs.stride + i % runs.len;
                         assert_eq!(at / plane % channels, channel);

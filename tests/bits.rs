@@ -219,6 +219,8 @@ where
         Shape::nchw(5, 3, 7, 7),
         Shape::nchw(40, 2, 15, 15),
         Shape::nchw(2, 2, 128, 65),
+        Shape::nchw(5, 2, 50, 42),
+        Shape::ncl(7, 2, 4097),
         Shape::ncdhw(2, 5, 3, 4, 5),
         Shape::nhwc(3, 9, 9, 3),
         Shape::nhwc(2, 50, 50, 17),

@@ -40,14 +40,23 @@ const RUNS: [(usize, Stores); 6] = [
     (16, Stores::Cached),
 ];
 
-/// Planes shorter than a vector and longer than a block (8192), one channel and many, rows that are joined and not, in one
-/// block and in several.
+/// Planes shorter than a vector and longer than a block (8192), alone and with others, one channel and many, rows that are joined and
+/// not, in one block and in several.
 fn shapes<E: Element>() -> [(&'static str, Vec<Shape>); 7] {
     // A large one, for one type.
     let wide = if E::DIGITS == 24 { Shape::nhwc(1, 3, 700, 128) } else { Shape::nhwc(1, 3, 7, 128) };
     [
         ("NC", vec![Shape::nc(1, 5), Shape::nc(37, 19), Shape::nc(130, 131), Shape::nc(4500, 3), Shape::nc(9000, 1)]),
-        ("NCL", vec![Shape::ncl(70, 3, 1), Shape::ncl(5, 17, 41), Shape::ncl(1, 3, 9001), Shape::ncl(3, 1, 5000)]),
+        (
+            "NCL",
+            vec![
+                Shape::ncl(70, 3, 1),
+                Shape::ncl(5, 17, 41),
+                Shape::ncl(1, 3, 9001),
+                Shape::ncl(3, 1, 5000),
+                Shape::ncl(5, 2, 4100),
+            ],
+        ),
         ("NCHW", vec![Shape::nchw(6, 5, 7, 7), Shape::nchw(40, 18, 5, 3), Shape::nchw(2, 2, 97, 89)]),
         ("NCDHW", vec![Shape::ncdhw(2, 3, 4, 5, 6), Shape::ncdhw(40, 2, 5, 5, 9)]),
         ("NLC", vec![Shape::nlc(3, 17, 24), Shape::nlc(2, 2300, 5)]),

@@ -51,7 +51,8 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Reduce<'_, E, R, S> {
         let (blocks, totals) = (&mut batch.blocks[..read.len()], &mut batch.totals);
         totals.count = 0;
         for b in self.blocks.clone() {
-            let first = planar.block(read.start, b);
+            // Else compilers make it again for each group of vectors, division and all.
+            let first = core::hint::black_box(planar.block(read.start, b));
             // SAFETY: the runs come from the grid.
             unsafe { reduction.begin(isa, channels.clone(), (first, plane), blocks) };
             for band in first.bands() {

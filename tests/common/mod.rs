@@ -130,8 +130,8 @@ pub fn shapes() -> impl Strategy<Value = Shape> {
     let channels = prop_oneof![4 => 1usize..=20, 1 => edge(32), 1 => edge(64), 1 => edge(128), 1 => edge(300)];
     let spatial = prop_oneof![3 => 1usize..=70, 2 => edge(128), 2 => edge(512), 1 => edge(2048)];
     let moderate = (0..2usize, small, channels, spatial);
-    let long =
-        (0..2usize, 1usize..=3, 1usize..=3, prop_oneof![edge(4096), edge(8192), edge(16384), 20000usize..=25000]);
+    let plane = prop_oneof![edge(2048), edge(4096), edge(8192), edge(16384), 20000usize..=25000];
+    let long = (0..2usize, 1usize..=9, 1usize..=3, plane);
     prop_oneof![6 => moderate.boxed(), 1 => long.boxed()].prop_map(|(layout, n, c, s)| {
         let layout = [Layout::ChannelsFirst, Layout::ChannelsLast][layout];
         // Trims the batch, so that a case stays quick.
