@@ -138,7 +138,7 @@ impl Planar {
         self.planes.div_ceil(self.planes_per_block()) * self.cuts()
     }
 
-    /// Planes of a block: whole bands if there are enough planes, since runs that are read together come from memory sooner.
+    /// Planes of a block: whole bands if there are enough, since runs that are read together come from memory sooner.
     fn planes_per_block(&self) -> usize {
         let planes = (PLANAR_BLOCK / self.plane.max(1)).max(1);
         if planes.max(self.planes) < BAND { planes } else { planes.max(BAND) / BAND * BAND }
@@ -152,15 +152,17 @@ impl Planar {
     pub(crate) fn block(&self, channel: usize, block: usize) -> Runs {
         let (planes, cuts, stride) = (self.planes_per_block(), self.cuts(), self.pitch());
         let (first, cut) = (block / cuts * planes, block % cuts);
+        let alone = planes == 1;
         // Whole sets of groups. A plane is longer than all but one of the longest parts, so none is empty.
-        let part = self.plane.div_ceil(cuts).next_multiple_of(GROUPS * MAX_LANES);
+        let part = self.plane.div_ceil(cuts).next_multiple_of(if alone { BAND } else { 1 } * GROUPS * MAX_LANES);
         let from = cut * part;
-        Runs {
-            start: first * stride + channel * self.plane + from,
-            len: part.min(self.plane - from),
-            count: planes.min(self.planes - first),
-            stride,
+        let (start, len) = (first * stride + channel * self.plane + from, part.min(self.plane - from));
+        if alone && cuts > 1 && len.is_multiple_of(BAND * MAX_LANES) {
+            // As many runs as are read together.
+            let len = len / BAND;
+            return Runs { start, len, count: BAND, stride: len };
         }
+        Runs { start, len, count: planes.min(self.planes - first), stride }
     }
 }
 

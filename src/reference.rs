@@ -9,11 +9,11 @@
 //! A logical vector has [`lanes`] lanes. Sums are taken of two terms per element at once:
 //!
 //! - **A channel in planes** (channels first): the channel is cut into blocks by the shape alone, each of one or
-//!   more contiguous runs. The vectors are taken in groups of four: along the run, or, where a block has four runs or
-//!   more, across four runs at the same place. The end of a run is filled up with zero terms, and missing runs are zero.
-//!   A group adds `(v0 + v1) + (v2 + v3)` to the accumulator, lane by lane; after four groups, and at the end,
-//!   the accumulator is widened, added to sums in f64 and cleared. The lanes of the sums are then added by halves:
-//!   16, 8, 4, 2, 1.
+//!   more contiguous runs: planes, the same parts of four, or four quarters of a part of one. The vectors are taken in
+//!   groups of four: along the run, or, where a block has four runs or more, across four runs at the same place. The end
+//!   of a run is filled up with zero terms, and missing runs are zero. A group adds `(v0 + v1) + (v2 + v3)` to the
+//!   accumulator, lane by lane; after four groups, and at the end, the accumulator is widened, added to sums in f64 and
+//!   cleared. The lanes of the sums are then added by halves: 16, 8, 4, 2, 1.
 //! - **Rows of channels** (channels last, and NC): the rows are cut into blocks by the shape alone. Rows shorter than
 //!   128 are joined until their length is a multiple of 16. Four (joined) rows are added per column in the same
 //!   way, and after four such groups widened in the same way. The columns of one channel are then added in order.
