@@ -42,10 +42,11 @@ pub trait Isa: Copy + Send + Sync {
     #[cfg(feature = "half")]
     #[inline(always)]
     unsafe fn load_bits_first(self, from: *const u16, n: usize) -> [u16; 16] {
-        let mut bits = [0; 16];
-        // SAFETY: n < 16 values are read, as the caller promises, into a longer buffer.
-        unsafe { core::ptr::copy_nonoverlapping(from, bits.as_mut_ptr(), n) };
-        bits
+        // SAFETY: the first 8 or all, then what is left, as the caller promises.
+        let halves = unsafe { [up_to_eight(from, n.min(8)), up_to_eight(from.wrapping_add(8), n.saturating_sub(8))] };
+        let bytes = halves.map(u128::to_le_bytes);
+        // SAFETY: both are 32 bytes, of which any will do.
+        unsafe { core::mem::transmute::<[[u8; 16]; 2], [u16; 16]>(bytes) }
     }
     /// Stores the bits of the first `n < 16` of 16 values.
     ///
@@ -55,7 +56,15 @@ pub trait Isa: Copy + Send + Sync {
     #[inline(always)]
     unsafe fn store_bits_first(self, bits: &[u16; 16], to: *mut u16, n: usize) {
         // SAFETY: n < 16 values are written, as the caller promises, from a longer buffer.
-        unsafe { core::ptr::copy_nonoverlapping(bits.as_ptr(), to, n) };
+        unsafe {
+            match n {
+                8.. => copy_ends::<8>(bits, to, n),
+                4.. => copy_ends::<4>(bits, to, n),
+                2.. => copy_ends::<2>(bits, to, n),
+                1 => copy_ends::<1>(bits, to, n),
+                0 => (),
+            }
+        }
     }
     /// Loads 16 bf16 values given by their bits.
     ///
@@ -176,6 +185,42 @@ pub(crate) fn splats<I: Isa, V: Vector<I>, const K: usize>(isa: I, values: &[V::
         *vector = V::splat(isa, value);
     }
     vectors
+}
+
+/// The bits of `n <= 8` values, the first one lowest, in loads that overlap: a call that copies so few takes longer.
+///
+/// # Safety
+/// `n` values can be read from `from`.
+#[cfg(feature = "half")]
+#[inline(always)]
+unsafe fn up_to_eight(from: *const u16, n: usize) -> u128 {
+    let joined = |first: u128, last: u128, places: usize| first | last << (16 * places);
+    // SAFETY: values from the first and up to the last, as the caller promises.
+    unsafe {
+        let of_four = |at: usize| u64::from_le_bytes(from.add(at).cast::<[u8; 8]>().read()).into();
+        let of_two = |at: usize| u32::from_le_bytes(from.add(at).cast::<[u8; 4]>().read()).into();
+        match n {
+            4.. => joined(of_four(0), of_four(n - 4), n - 4),
+            2.. => joined(of_two(0), of_two(n - 2), n - 2),
+            1 => u16::from_le_bytes(from.cast::<[u8; 2]>().read()).into(),
+            0 => 0,
+        }
+    }
+}
+
+/// Copies the first `LEN` and the last `LEN` of `n` values, at most twice as many.
+///
+/// # Safety
+/// `n` values can be read from `from` and written to `to`.
+#[cfg(feature = "half")]
+#[inline(always)]
+unsafe fn copy_ends<const LEN: usize>(from: &[u16; 16], to: *mut u16, n: usize) {
+    for at in [0, n - LEN] {
+        // SAFETY: values among the n.
+        unsafe {
+            to.add(at).cast::<[u16; LEN]>().write_unaligned(from.as_ptr().add(at).cast::<[u16; LEN]>().read_unaligned())
+        };
+    }
 }
 
 /// A scalar type that has vectors.

@@ -44,9 +44,16 @@ impl Isa for Avx2 {
     unsafe fn load_bf16(self, from: *const u16) -> F32 {
         // SAFETY: `self` proves AVX2; 16 values can be read, as the caller promises.
         unsafe {
-            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
-            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(8).cast()));
-            F32([_mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high))])
+            // Eight values in both halves of a register, of which each half takes its own: one instruction after the load.
+            let upper = _mm256_setr_epi8(
+                -1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, //
+                -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15,
+            );
+            let widened = |at: *const u16| {
+                let eight = _mm256_broadcastsi128_si256(_mm_loadu_si128(at.cast()));
+                _mm256_castsi256_ps(_mm256_shuffle_epi8(eight, upper))
+            };
+            F32([widened(from), widened(from.add(8))])
         }
     }
     #[cfg(feature = "half")]
@@ -54,8 +61,17 @@ impl Isa for Avx2 {
     unsafe fn store_bf16(self, value: F32, to: *mut u16) {
         // SAFETY: `self` proves AVX2; 16 values can be written, as the caller promises.
         unsafe {
-            // Packing works within each half of the registers; the permutation puts the quarters in order.
-            let packed = _mm256_packus_epi32(bf16_bits(self, value.0[0]), bf16_bits(self, value.0[1]));
+            // The upper halves of all lanes, within each half of the registers; the permutation puts the quarters in order.
+            let low = _mm256_setr_epi8(
+                2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1, //
+                2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1,
+            );
+            let high = _mm256_setr_epi8(
+                -1, -1, -1, -1, -1, -1, -1, -1, 2, 3, 6, 7, 10, 11, 14, 15, //
+                -1, -1, -1, -1, -1, -1, -1, -1, 2, 3, 6, 7, 10, 11, 14, 15,
+            );
+            let [a, b] = [bf16_bits(self, value.0[0]), bf16_bits(self, value.0[1])];
+            let packed = _mm256_or_si256(_mm256_shuffle_epi8(a, low), _mm256_shuffle_epi8(b, high));
             _mm256_storeu_si256(to.cast(), _mm256_permute4x64_epi64::<0b11_01_10_00>(packed));
         }
     }
@@ -120,16 +136,17 @@ fn i8_of(_: Avx2, value: F32) -> __m128i {
     }
 }
 
-/// The bits of each lane as bf16, rounded to nearest even; in the low half of each lane.
+/// The bits of each lane as bf16, rounded to nearest even; in the upper half of each lane. With no shift: few pipes do those.
 #[cfg(feature = "half")]
 #[inline(always)]
 fn bf16_bits(_: Avx2, v: __m256) -> __m256i {
     // SAFETY: the argument proves AVX2.
     unsafe {
         let bits = _mm256_castps_si256(v);
-        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-        let even = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-        _mm256_srli_epi32::<16>(even)
+        // One less than a half where the last bit that stays is zero.
+        let last = _mm256_and_si256(bits, _mm256_set1_epi32(0x1_0000));
+        let less = _mm256_cmpeq_epi32(last, _mm256_setzero_si256());
+        _mm256_add_epi32(bits, _mm256_add_epi32(less, _mm256_set1_epi32(0x8000)))
     }
 }
 
