@@ -113,10 +113,54 @@ pub(crate) struct Gated<'a, E: Element> {
     pub(crate) unbend: Bend<E::Param>,
 }
 
-impl<E: Element> Gated<'_, E> {
+impl<'a, E: Element> Gated<'a, E> {
     /// Whether the input is read to see the sign.
     fn recomputes(&self) -> bool {
         matches!(self.gate, Gate::Argument(_))
+    }
+
+    /// The same for the commonest gate: the argument, to which nothing was added.
+    pub(crate) fn recomputed(self) -> Option<Recomputed<'a, E>> {
+        matches!(self.gate, Gate::Argument(None)).then_some(Recomputed(self))
+    }
+}
+
+/// [`Gated`] by the argument alone, known when compiled: a look at the gate in each vector splits loops, so that vectors are kept in
+/// memory between.
+#[derive(Clone, Copy)]
+pub(crate) struct Recomputed<'a, E: Element>(Gated<'a, E>);
+
+impl<E: Element> Packs<E> for Recomputed<'_, E> {
+    unsafe fn packed(self, pack: &mut Pack<'_, '_, E>) -> Self {
+        // SAFETY: the caller's promise.
+        Self(unsafe { self.0.packed(pack) })
+    }
+}
+
+impl<E: Element> Upstream<E> for Recomputed<'_, E> {
+    #[inline(always)]
+    unsafe fn at<I: Isa, const FULL: bool>(
+        &self,
+        isa: I,
+        centred: Compute<I, E>,
+        [scale, shift]: [Compute<I, E>; 2],
+        at: usize,
+        n: usize,
+    ) -> Compute<I, E> {
+        // SAFETY: the caller's promise.
+        let dy = unsafe { self.0.dy.load::<I, FULL>(isa, at, n) };
+        self.0.bend.apply(isa, centred.mul(scale).add(shift), dy)
+    }
+
+    #[inline(always)]
+    unsafe fn wide(&self, centred: E::Param, line: [E::Param; 2], at: usize) -> f64 {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.wide(centred, line, at) }
+    }
+
+    #[inline(always)]
+    fn prefetch<I: Isa>(&self, isa: I, at: usize) {
+        self.0.dy.prefetch(isa, at);
     }
 }
 
