@@ -34,6 +34,8 @@ const FUSED_PLANE: usize = 192;
 const BATCH_BYTES: usize = 600 << 10;
 /// The same where the next batch is not asked for, see [`Context::asks`]: the rows may be longer.
 const UNASKED_BATCH_BYTES: usize = 1200 << 10;
+/// Bytes of a row of each image that a batch has at least, while no more than [`AHEAD_BATCH`] are in it.
+const BATCH_ROW: usize = 4 << 10;
 /// The most bytes of the images of a tensor's batch that are asked for while others are read: more would leave the cache again.
 const AHEAD_IMAGES: usize = 128 << 10;
 /// The same in each image, where those of several tensors would crowd the same few places of a first-level cache.
@@ -411,13 +413,22 @@ impl<'v> Context<'v> {
         reduction: &R,
         close: Close<'_, (), S>,
     ) {
-        let bytes = if self.large && !self.asks(planar) { UNASKED_BATCH_BYTES } else { BATCH_BYTES };
-        let batch = (bytes / channel_bytes::<E, R, S>(planar)).clamp(1, BATCH);
-        let values = Values::Merged(close);
+        let (batch, values) = (self.batch::<E, R, S>(planar), Values::Merged(close));
         let ahead = self.ahead::<E, R, S>(planar, batch);
         let (blocks, base, element) = (0..planar.blocks(), 0, PhantomData::<E>);
         let all = Reduce { planar, channels, blocks, base, reduction, batch, ahead, values, element };
         dispatch(self.tier, all);
+    }
+
+    /// Channels that are reduced before the first of them is mapped.
+    fn batch<E: Element, R: Reduction<E, S>, const S: usize>(&self, planar: Planar) -> usize {
+        let each = channel_bytes::<E, R, S>(planar);
+        if !self.large {
+            return (BATCH_BYTES / each).clamp(1, BATCH);
+        }
+        let bytes = if self.asks(planar) { BATCH_BYTES } else { UNASKED_BATCH_BYTES };
+        let row = BATCH_ROW.div_ceil(planar.plane * size_of::<E>()).min(AHEAD_BATCH / each);
+        (bytes / each).max(row).clamp(1, BATCH)
     }
 
     /// How many elements ahead of a band others are asked for while `batch` channels are reduced, 0 for none.
