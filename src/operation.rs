@@ -231,20 +231,24 @@ impl<'a, E: Element> Operation<'a, E> {
                     if let Some(to) = dresidual {
                         context.apply(from.passed(false), &|channels| from.lines(channels), to, scratch);
                     }
-                    match from.gated().map(|gated| (gated, gated.recomputed())) {
+                    match from.gated() {
                         None => backward::<_, _, 2, 6>(from, from.dy, dx, &out, context, scratch),
-                        Some((_, Some(gated))) => backward::<_, _, 4, 7>(from, gated, dx, &out, context, scratch),
-                        Some((gated, None)) => backward::<_, _, 4, 7>(from, gated, dx, &out, context, scratch),
+                        Some(gated) if let Some(gated) = gated.by_argument() => {
+                            backward::<_, _, 4, 7>(from, gated, dx, &out, context, scratch)
+                        }
+                        Some(gated) => backward::<_, _, 4, 7>(from, gated, dx, &out, context, scratch),
                     }
                 }
             }
             Self::GradientSums { from, out } => {
                 // SAFETY: see above.
                 unsafe {
-                    match from.gated().map(|gated| (gated, gated.recomputed())) {
+                    match from.gated() {
                         None => gradient_sums::<_, _, 2>(from, from.dy, &out, context, scratch),
-                        Some((_, Some(gated))) => gradient_sums::<_, _, 4>(from, gated, &out, context, scratch),
-                        Some((gated, None)) => gradient_sums::<_, _, 4>(from, gated, &out, context, scratch),
+                        Some(gated) if let Some(gated) = gated.by_argument() => {
+                            gradient_sums::<_, _, 4>(from, gated, &out, context, scratch)
+                        }
+                        Some(gated) => gradient_sums::<_, _, 4>(from, gated, &out, context, scratch),
                     }
                 }
             }
@@ -253,13 +257,15 @@ impl<'a, E: Element> Operation<'a, E> {
             Self::InputGradient { from, dx, sums } => {
                 // SAFETY: see above.
                 unsafe {
-                    match from.gated().map(|gated| (gated, gated.recomputed())) {
+                    match from.gated() {
                         _ if from.saved.frozen => {
                             context.apply(from.passed(true), &|channels| from.lines(channels), dx, scratch);
                         }
                         None => input_gradient::<_, _, 6>(from, from.dy, dx, sums, context, scratch),
-                        Some((_, Some(gated))) => input_gradient::<_, _, 7>(from, gated, dx, sums, context, scratch),
-                        Some((gated, None)) => input_gradient::<_, _, 7>(from, gated, dx, sums, context, scratch),
+                        Some(gated) if let Some(gated) = gated.by_argument() => {
+                            input_gradient::<_, _, 7>(from, gated, dx, sums, context, scratch)
+                        }
+                        Some(gated) => input_gradient::<_, _, 7>(from, gated, dx, sums, context, scratch),
                     }
                 }
             }

@@ -277,6 +277,7 @@ impl<'v> Context<'v> {
         let (wide, narrow, room) = self.parts::<E, S, K>(scratch);
         match self.geometry {
             Geometry::Planar(planar) if self.fuses::<E>(planar) => {
+                let asks = self.asks(planar);
                 for_each_piece(self.workers, planar.channels, &|_, channels| {
                     let end = channels.end;
                     self.reduce_channels(planar, channels, reduction, &|read, values| {
@@ -284,8 +285,11 @@ impl<'v> Context<'v> {
                         transpose(&plain(close(read.clone(), values)), &mut params);
                         // The next batch is asked for while this one is written, which leaves the read side of memory idle.
                         let waits = channel_bytes::<E, R, S>(planar) * read.len() <= AHEAD_BATCH;
-                        let asks = read.end < end && waits && self.asks(planar);
-                        let ahead = if asks { read.len() * planar.plane } else { AHEAD_MAPPED / size_of::<E>() };
+                        let ahead = if asks && waits && read.end < end {
+                            read.len() * planar.plane
+                        } else {
+                            AHEAD_MAPPED / size_of::<E>()
+                        };
                         // SAFETY: these channels belong to this piece alone.
                         unsafe {
                             planar::map_batch(self.tier, planar, map, target, &params[..read.len()], read, ahead)
