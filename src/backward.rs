@@ -200,6 +200,19 @@ impl<E: Element, U: Upstream<E>, const K: usize> Reduction<E, 2> for GradientSum
     }
 
     #[inline(always)]
+    unsafe fn add_beside<I: Isa>(
+        &self,
+        isa: I,
+        block: &mut gradient::Block<I, E, K>,
+        groups: (Band, usize),
+        ahead: usize,
+        beside: impl FnMut(),
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { block.add_beside(isa, &self.pair, groups, ahead, beside) }
+    }
+
+    #[inline(always)]
     unsafe fn end<I: Isa>(&self, _: I, blocks: &[gradient::Block<I, E, K>], first: (Runs, usize)) -> [Each<f64>; 2] {
         // SAFETY: the caller's promise.
         unsafe { gradient::end::<I, E, U, K>(self.pair, blocks, first) }

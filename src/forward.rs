@@ -141,9 +141,29 @@ impl<E: Element> Reduction<E, 3> for MomentsOf<'_, E> {
     }
 
     #[inline(always)]
+    fn foresee<I: Isa>(&self, isa: I, channels: usize, (first, plane): (Runs, usize)) {
+        for i in 0..channels {
+            moments::foresee(isa, self.0.as_ptr(), first.shifted(i * plane));
+        }
+    }
+
+    #[inline(always)]
     unsafe fn add<I: Isa>(&self, isa: I, block: &mut moments::Block<I, E>, band: Band, ahead: usize) {
         // SAFETY: the caller's promise.
         unsafe { moments::add(isa, self.0.as_ptr(), block, band, ahead) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_beside<I: Isa>(
+        &self,
+        isa: I,
+        block: &mut moments::Block<I, E>,
+        groups: (Band, usize),
+        ahead: usize,
+        beside: impl FnMut(),
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { moments::add_beside(isa, self.0.as_ptr(), block, groups, ahead, beside) }
     }
 
     #[inline(always)]

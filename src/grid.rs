@@ -82,6 +82,11 @@ impl Band {
     pub(crate) fn shifted(self, by: usize) -> Self {
         Self { start: self.start + by, ..self }
     }
+
+    /// The band without the first elements of each run.
+    pub(crate) fn after(self, by: usize) -> Self {
+        Self { start: self.start + by, len: self.len - by, ..self }
+    }
 }
 
 impl Runs {

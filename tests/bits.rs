@@ -249,9 +249,12 @@ fn batches<E: Bits>()
 where
     E::Param: Bits,
 {
-    for (threads, shape) in
-        [(1, Shape::nchw(4, 22, 96, 96)), (2, Shape::nchw(35, 70, 17, 9)), (1, Shape::ncl(1, 70, 9001))]
-    {
+    for (threads, shape) in [
+        (1, Shape::nchw(4, 22, 96, 96)),
+        (2, Shape::nchw(35, 70, 17, 9)),
+        (2, Shape::nchw(5, 150, 29, 37)),
+        (1, Shape::ncl(1, 70, 9001)),
+    ] {
         for stores in [Stores::Cached, Stores::Streaming] {
             let shape = shape.clone().unwrap();
             check::<E>(&Case {

@@ -3,6 +3,7 @@
 //! The values do not depend on where a vector begins, so vectors in the middle begin where stores are aligned, and
 //! the first and the last one overlap them.
 
+use super::sums::GROUP;
 use crate::simd::{Compute, Isa, Lanes, MAX_LANES, Storage, Vector, splats};
 use crate::tensor::Disjoint;
 use crate::view::Packs;
@@ -95,7 +96,7 @@ impl<'a, E: Storage> Target<'a, E> {
     /// How many elements from `at` come before the first one that begins a vector of `lanes`: at a multiple of its stored size,
     /// or of its bits; none where no element does.
     #[inline(always)]
-    fn unaligned(&self, at: usize, lanes: usize) -> Option<usize> {
+    pub(crate) fn unaligned(&self, at: usize, lanes: usize) -> Option<usize> {
         if let Some(first) = self.first_bit {
             return Some((first + at).wrapping_neg() % lanes);
         }
@@ -153,6 +154,31 @@ pub(crate) struct Planes {
     pub(crate) end: usize,
     /// How far from what is written elements are prefetched to be read; 0 for none.
     pub(crate) ahead: usize,
+}
+
+impl Planes {
+    /// Elements that are left of the first plane.
+    #[inline(always)]
+    pub(crate) fn inside(&self) -> usize {
+        self.plane_end.min(self.end) - self.at
+    }
+
+    /// Goes on by `n` elements, in planes of so many channels.
+    #[inline(always)]
+    pub(crate) fn go_on(&mut self, n: usize, channels: usize) {
+        self.at += n;
+        while self.plane_end <= self.at {
+            self.channel = if self.channel + 1 == channels { 0 } else { self.channel + 1 };
+            self.plane_end += self.plane;
+        }
+    }
+
+    /// The same planes `by` elements further on.
+    #[inline(always)]
+    pub(crate) fn shifted(self, by: usize) -> Self {
+        let by = |at: usize| at.wrapping_add(by);
+        Self { at: by(self.at), plane_end: by(self.plane_end), end: by(self.end), ..self }
+    }
 }
 
 /// Of each channel; after the last one comes the first again.
@@ -234,6 +260,49 @@ unsafe fn write_planes<I: Isa, M: Map<K>, const K: usize, const STREAM: bool, co
             }
         }
         n = lanes.min(end - at);
+    }
+}
+
+/// Whole vectors of one plane, written by the group.
+pub(crate) struct Groups<'a, I: Isa, M: Map<K>, const K: usize> {
+    isa: I,
+    map: M,
+    target: Target<'a, M::Element>,
+    params: [Compute<I, M::Element>; K],
+    at: usize,
+}
+
+impl<'a, I: Isa, M: Map<K>, const K: usize> Groups<'a, I, M, K> {
+    /// Elements of a group.
+    pub(crate) const LEN: usize = GROUP * Compute::<I, M::Element>::LANES;
+
+    /// Those from element `at`, with the parameters of their channel.
+    #[inline(always)]
+    pub(crate) fn new(
+        isa: I,
+        map: M,
+        target: Target<'a, M::Element>,
+        params: &[<M::Element as Storage>::Compute; K],
+        at: usize,
+    ) -> Self {
+        Self { isa, map, target, params: splats::<I, Compute<I, M::Element>, K>(isa, params), at }
+    }
+
+    /// Writes the next one.
+    ///
+    /// # Safety
+    /// As [`over_planes`], for its elements, which begin where a stored vector is aligned if `STREAM`.
+    #[inline(always)]
+    pub(crate) unsafe fn write<const STREAM: bool>(&mut self) {
+        let lanes = Compute::<I, M::Element>::LANES;
+        for _ in 0..GROUP {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let value = self.map.at::<I, true>(self.isa, &self.params, self.at, lanes);
+                self.target.store::<I, STREAM>(self.isa, value, self.at);
+            }
+            self.at += lanes;
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use crate::element::{Element, Real};
 use crate::grid::{Band, Runs};
 use crate::moments::two_sum;
 use crate::pass::{BATCH, Each};
-use crate::simd::{Compute, Isa, Load, Native, Vector, Widened};
+use crate::simd::{Compute, Isa, Load, Native, Part, Vector, Widened};
 
 /// Places of a block that its shift is made of.
 pub(crate) const SAMPLES: usize = 4;
@@ -160,6 +160,16 @@ unsafe fn shift_of_runs<I: Isa, E: Element>(isa: I, x: *const E, runs: Runs) -> 
     if mean.is_finite() { E::Param::from_f64(mean) } else { values[0] }
 }
 
+/// Asks the caches for the shift's places.
+#[inline(always)]
+pub(crate) fn foresee<I: Isa, E: Element>(isa: I, x: *const E, runs: Runs) {
+    let width = Compute::<I, E>::LANES.min(runs.len);
+    for place in runs.spread::<SAMPLES>(width) {
+        isa.prefetch(x.wrapping_add(place).cast());
+        isa.prefetch(x.wrapping_add(place + width - 1).cast());
+    }
+}
+
 /// The moments of one block of a channel, as far as it was seen.
 pub(crate) type Block<I, E> = RunSums<I, Compute<I, E>, 1>;
 
@@ -181,6 +191,23 @@ pub(crate) unsafe fn begin<I: Isa, E: Element>(isa: I, x: *const E, runs: Runs) 
 pub(crate) unsafe fn add<I: Isa, E: Element>(isa: I, x: *const E, block: &mut Block<I, E>, band: Band, ahead: usize) {
     // SAFETY: the caller's promise.
     unsafe { block.add(isa, &deviations(x), band, ahead) }
+}
+
+/// Adds groups of a band, see [`RunSums::add_beside`].
+///
+/// # Safety
+/// As [`add`].
+#[inline(always)]
+pub(crate) unsafe fn add_beside<I: Isa, E: Element>(
+    isa: I,
+    x: *const E,
+    block: &mut Block<I, E>,
+    groups: (Band, usize),
+    ahead: usize,
+    beside: impl FnMut(),
+) {
+    // SAFETY: the caller's promise.
+    unsafe { block.add_beside(isa, &deviations(x), groups, ahead, beside) }
 }
 
 /// `[mean, residue, m2]` of the blocks of neighbouring channels whose runs were all added: those of the first one, and each `plane`
@@ -211,35 +238,37 @@ pub(crate) unsafe fn end<I: Isa, E: Element>(
     }
     if !sound {
         for (i, block) in blocks.iter().enumerate().filter(|&(i, _)| !shifted(i).is_sound::<E::Param>()) {
-            // SAFETY: the caller's promise.
-            let again = unsafe { again(isa, x, block, shifted(i), runs.shifted(i * plane)) };
-            [mean[i], residue[i], m2[i]] = again;
+            let (shift, runs) = (block.params[0], runs.shifted(i * plane));
+            [mean[i], residue[i], m2[i]] = isa.call(Again { x, shift, shifted: shifted(i), runs });
         }
     }
     [mean, residue, m2]
 }
 
-/// `[mean, residue, m2]` of a block, summed again: enlarged if its squares are tiny, else in f64.
-///
-/// # Safety
-/// The runs lie inside the tensor at `x`.
-#[inline(always)]
-unsafe fn again<I: Isa, E: Element>(
-    isa: I,
+/// `[mean, residue, m2]` of a block, summed again: enlarged if its squares are tiny, else in f64. The runs lie inside the tensor at
+/// `x`. Rare, so compiled once, apart from what uses it.
+struct Again<E: Element> {
     x: *const E,
-    block: &Block<I, E>,
+    shift: E::Param,
     shifted: Shifted,
     runs: Runs,
-) -> [f64; 3] {
-    if shifted.is_tiny::<E::Param>() {
-        // SAFETY: the caller's promise.
-        let (s, q) = unsafe { sums::over_runs(isa, &enlarged(x), block.params, runs) };
-        if let Some(shrunk) = (Shifted { s, q, ..shifted }).shrunk::<E::Param>() {
-            return shrunk.finish();
+}
+
+impl<I: Isa, E: Element> Part<I> for Again<E> {
+    type Output = [f64; 3];
+    #[inline(always)]
+    fn run(self, isa: I) -> [f64; 3] {
+        let Self { x, shift, shifted, runs } = self;
+        if shifted.is_tiny::<E::Param>() {
+            // SAFETY: the promise of who made this.
+            let (s, q) = unsafe { sums::over_runs(isa, &enlarged(x), [shift], runs) };
+            if let Some(shrunk) = (Shifted { s, q, ..shifted }).shrunk::<E::Param>() {
+                return shrunk.finish();
+            }
         }
+        // SAFETY: as above.
+        unsafe { in_f64(isa, x, shifted, runs) }
     }
-    // SAFETY: the caller's promise.
-    unsafe { in_f64(isa, x, shifted, runs) }
 }
 
 /// `[mean, residue, m2]` of a block, summed again in f64.

@@ -155,25 +155,49 @@ impl<I: Isa, V: Vector<I>, const K: usize> RunSums<I, V, K> {
         // SAFETY: the caller's promise.
         unsafe {
             if band.across {
-                self.add_as::<T, true>(isa, terms, band, ahead);
+                self.add_as::<T, true, false>(isa, terms, band, ahead, || ());
             } else {
-                self.add_as::<T, false>(isa, terms, band, ahead);
+                self.add_as::<T, false, false>(isa, terms, band, ahead, || ());
             }
         }
     }
 
+    /// Adds so many whole groups from the start of a band of [`GROUP`] runs, and calls `beside` after each.
+    ///
+    /// # Safety
+    /// As [`RunSums::add`].
     #[inline(always)]
-    unsafe fn add_as<T: Terms<I, K, Vector = V>, const ACROSS: bool>(
+    pub(crate) unsafe fn add_beside<T: Terms<I, K, Vector = V>>(
+        &mut self,
+        isa: I,
+        terms: &T,
+        (band, groups): (Band, usize),
+        ahead: usize,
+        beside: impl FnMut(),
+    ) {
+        let band = Band { len: groups * V::LANES, ..band };
+        // SAFETY: the caller's promise.
+        unsafe { self.add_as::<T, true, true>(isa, terms, band, ahead, beside) };
+    }
+
+    /// A band of `WHOLE` groups, or any.
+    #[inline(always)]
+    unsafe fn add_as<T: Terms<I, K, Vector = V>, const ACROSS: bool, const WHOLE: bool>(
         &mut self,
         isa: I,
         terms: &T,
         band: Band,
         ahead: usize,
+        mut beside: impl FnMut(),
     ) {
         let params = splats::<I, V, K>(isa, &self.params);
         // From one vector of a group to the next, and from one group to the next.
         let (stride, step) = if ACROSS { (band.stride, V::LANES) } else { (V::LANES, GROUP * V::LANES) };
-        let whole = if ACROSS && band.rows < GROUP { 0 } else { band.len - band.len % step };
+        let whole = match band.len {
+            len if WHOLE => len,
+            _ if ACROSS && band.rows < GROUP => 0,
+            len => len - len % step,
+        };
         // In registers, but for the sums in f64.
         let (mut narrow, mut groups) = (self.narrow, self.groups);
         for i in (0..whole).step_by(step) {
@@ -181,8 +205,10 @@ impl<I: Isa, V: Vector<I>, const K: usize> RunSums<I, V, K> {
             // SAFETY: the elements asked for lie inside the band.
             let (a, b) = unsafe { group::<I, T, K, true>(isa, terms, &params, at, stride, ahead) };
             self.push(isa, (&mut narrow, &mut groups), a, b);
+            beside();
         }
-        for i in (whole..band.len).step_by(step) {
+        let rests = if WHOLE { whole..whole } else { whole..band.len };
+        for i in rests.step_by(step) {
             let (at, left) = (band.start + i, band.len - i);
             let rest = |j: usize| match ACROSS {
                 true if j < band.rows => left,

@@ -32,7 +32,7 @@ const FUSED_PLANE: usize = 192;
 /// Bytes of the channels that a thread reduces before it maps the first of them. The more of an image lies in a row, the faster it
 /// comes from memory; but the next batch is to wait in a second-level cache beside this one.
 const BATCH_BYTES: usize = 600 << 10;
-/// The same where the next batch is not asked for, see [`Context::asks`]: the rows may be longer.
+/// The same where the next batch is not asked for, see [`Context::keeps_up`]: the rows may be longer.
 const UNASKED_BATCH_BYTES: usize = 1200 << 10;
 /// Bytes of a row of each image that a batch has at least, while no more than [`AHEAD_BATCH`] are in it.
 const BATCH_ROW: usize = 4 << 10;
@@ -42,6 +42,9 @@ const AHEAD_IMAGES: usize = 128 << 10;
 const AHEAD_IN_IMAGE: usize = 512;
 /// The most bytes of a batch that is asked for while another is written: it may wait in a third-level cache.
 const AHEAD_BATCH: usize = 4 << 20;
+/// The shortest plane that is written beside the sums of others, in bytes, by a thread that keeps up with memory anyway, see
+/// [`Context::keeps_up`], and by others.
+const BESIDE_PLANE: [usize; 2] = [6 << 10, 2 << 10];
 /// Bytes that are asked for ahead in a batch that is mapped, where the next one is not: it may wait in a third-level cache.
 const AHEAD_MAPPED: usize = 1 << 10;
 /// Bytes of a tensor from which on hardly any of it is found in a cache: of the only one that a reduction reads, of each of several.
@@ -71,11 +74,28 @@ pub(crate) trait Reduction<E: Element, const S: usize>: Packs<E> + Sync {
     /// The runs come from the grid of the tensors' shape.
     unsafe fn begin<I: Isa>(&self, isa: I, channels: Range<usize>, first: (Runs, usize), blocks: &mut [Self::Block<I>]);
 
-    /// Adds a band of the block, or a part of it of whole groups. The elements `ahead` of it are prefetched, none for 0.
+    /// Asks the caches for what [`Reduction::begin`] will read.
+    #[inline(always)]
+    fn foresee<I: Isa>(&self, _: I, _: usize, _: (Runs, usize)) {}
+
+    /// Adds a band of the block, or what follows its first whole groups. The elements `ahead` of it are prefetched, none for 0.
     ///
     /// # Safety
     /// The band lies inside the tensors.
     unsafe fn add<I: Isa>(&self, isa: I, block: &mut Self::Block<I>, band: Band, ahead: usize);
+
+    /// Adds whole groups of a band, see [`RunSums::add_beside`](crate::kernel::sums::RunSums::add_beside).
+    ///
+    /// # Safety
+    /// As [`Reduction::add`].
+    unsafe fn add_beside<I: Isa>(
+        &self,
+        isa: I,
+        block: &mut Self::Block<I>,
+        groups: (Band, usize),
+        ahead: usize,
+        beside: impl FnMut(),
+    );
 
     /// The values of the blocks that [`Reduction::begin`] started, whose runs were all added. Value `k` of the `i`-th is `[k][i]`.
     ///
@@ -141,10 +161,19 @@ impl<'v> Context<'v> {
         self.large && planar.plane * size_of::<E>() >= FUSED_PLANE && self.by_channel(planar)
     }
 
-    /// Whether a batch is asked for while another is mapped. A lone thread that reads four images at a time need not: the CPU foresees
-    /// them, faster than a core may ask for lines, and sums of 256 bits take as long as what comes so.
-    fn asks(&self, planar: Planar) -> bool {
-        self.workers > 1 || planar.block(0, 0).together() == 1 || self.tier.tier() == Tier::Avx512
+    /// Whether a lone thread reads four images at a time, and vectors of 256 bits or less: the CPU foresees these images, faster than
+    /// a core may ask for lines, and the sums take as long as what comes so.
+    fn keeps_up(&self, planar: Planar) -> bool {
+        self.workers == 1 && planar.block(0, 0).together() > 1 && self.tier.tier() != Tier::Avx512
+    }
+
+    /// Whether a batch is written beside the sums of the next one.
+    fn writes_beside<E: Element, R: Reduction<E, S>, const S: usize>(&self, planar: Planar) -> bool {
+        let plane = planar.plane * size_of::<E>();
+        match self.keeps_up(planar) {
+            true => R::TENSORS == 1 && plane >= BESIDE_PLANE[0],
+            false => planar.block(0, 0).together() > 1 && plane >= BESIDE_PLANE[1],
+        }
     }
 
     /// `len` elements in rows so long, if there are any, cut into stretches that are mapped at a time.
@@ -277,24 +306,29 @@ impl<'v> Context<'v> {
         let (wide, narrow, room) = self.parts::<E, S, K>(scratch);
         match self.geometry {
             Geometry::Planar(planar) if self.fuses::<E>(planar) => {
-                let asks = self.asks(planar);
+                let (batch, beside) = (self.batch::<E, R, S>(planar), self.writes_beside::<E, R, S>(planar));
+                let ahead = if beside { AHEAD_IN_IMAGE / size_of::<E>() } else { self.ahead::<E, R, S>(planar, batch) };
+                // The next batch is asked for while this one is written, which leaves the read side of memory idle.
+                let waits = channel_bytes::<E, R, S>(planar) * batch <= AHEAD_BATCH;
+                let mapped = AHEAD_MAPPED / size_of::<E>();
+                let next = if waits && !beside && !self.keeps_up(planar) { batch * planar.plane } else { mapped };
                 for_each_piece(self.workers, planar.channels, &|_, channels| {
-                    let end = channels.end;
-                    self.reduce_channels(planar, channels, reduction, &|read, values| {
-                        let mut params = [[E::Param::default(); K]; BATCH];
-                        transpose(&plain(close(read.clone(), values)), &mut params);
-                        // The next batch is asked for while this one is written, which leaves the read side of memory idle.
-                        let waits = channel_bytes::<E, R, S>(planar) * read.len() <= AHEAD_BATCH;
-                        let ahead = if asks && waits && read.end < end {
-                            read.len() * planar.plane
-                        } else {
-                            AHEAD_MAPPED / size_of::<E>()
-                        };
-                        // SAFETY: these channels belong to this piece alone.
-                        unsafe {
-                            planar::map_batch(self.tier, planar, map, target, &params[..read.len()], read, ahead)
-                        };
-                    });
+                    let (blocks, base, element) = (0..planar.blocks(), 0, PhantomData::<E>);
+                    let values = Values::Merged(None);
+                    let from_memory = true;
+                    let reduce = Reduce {
+                        planar,
+                        channels,
+                        blocks,
+                        base,
+                        reduction,
+                        batch,
+                        ahead,
+                        from_memory,
+                        values,
+                        element,
+                    };
+                    dispatch(self.tier, planar::Both { reduce, close, map, target, beside, ahead: [next, mapped] });
                     self.fence(target);
                 });
             }
@@ -417,10 +451,11 @@ impl<'v> Context<'v> {
         reduction: &R,
         close: Close<'_, (), S>,
     ) {
-        let (batch, values) = (self.batch::<E, R, S>(planar), Values::Merged(close));
+        let (batch, values) = (self.batch::<E, R, S>(planar), Values::Merged(Some(close)));
         let ahead = self.ahead::<E, R, S>(planar, batch);
         let (blocks, base, element) = (0..planar.blocks(), 0, PhantomData::<E>);
-        let all = Reduce { planar, channels, blocks, base, reduction, batch, ahead, values, element };
+        let from_memory = self.large;
+        let all = Reduce { planar, channels, blocks, base, reduction, batch, ahead, from_memory, values, element };
         dispatch(self.tier, all);
     }
 
@@ -430,7 +465,7 @@ impl<'v> Context<'v> {
         if !self.large {
             return (BATCH_BYTES / each).clamp(1, BATCH);
         }
-        let bytes = if self.asks(planar) { BATCH_BYTES } else { UNASKED_BATCH_BYTES };
+        let bytes = if self.keeps_up(planar) { UNASKED_BATCH_BYTES } else { BATCH_BYTES };
         let row = BATCH_ROW.div_ceil(planar.plane * size_of::<E>()).min(AHEAD_BATCH / each);
         (bytes / each).max(row).clamp(1, BATCH)
     }
@@ -474,6 +509,7 @@ impl<'v> Context<'v> {
                     reduction,
                     batch,
                     ahead,
+                    from_memory: false,
                     values: Values::Each(out, at),
                     element: PhantomData::<E>,
                 };

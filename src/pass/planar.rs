@@ -3,11 +3,12 @@
 use core::marker::PhantomData;
 use core::ops::Range;
 
-use super::{BATCH, Close, Each, Merged, Reduction, transpose};
-use crate::element::Element;
-use crate::grid::Planar;
-use crate::kernel::map::{AHEAD_STREAMED, Map, Planes, Target, over_planes};
-use crate::simd::{Dispatched, Isa, Kernel, Storage, dispatch};
+use super::{BATCH, Close, Each, Merged, Reduction, plain, transpose};
+use crate::element::{Element, Real};
+use crate::grid::{Band, Planar, Runs};
+use crate::kernel::map::{AHEAD_STREAMED, Groups, Map, Planes, Target, over_planes};
+use crate::kernel::sums::GROUP;
+use crate::simd::{Compute, Dispatched, Isa, Kernel, Part, Storage, Vector, dispatch};
 use crate::tensor::Disjoint;
 
 /// The first half for a range of channels, batch after batch.
@@ -23,6 +24,8 @@ pub(super) struct Reduce<'a, E, R, const S: usize> {
     pub(super) batch: usize,
     /// How many elements ahead of what is read others are asked for, 0 for none.
     pub(super) ahead: usize,
+    /// Whether what the next blocks begin with is asked for.
+    pub(super) from_memory: bool,
     pub(super) values: Values<'a, S>,
     pub(super) element: PhantomData<E>,
 }
@@ -30,50 +33,121 @@ pub(super) struct Reduce<'a, E, R, const S: usize> {
 /// Where the values of blocks go.
 #[derive(Clone, Copy)]
 pub(super) enum Values<'a, const S: usize> {
-    /// Those of all blocks of a channel, merged; called with each batch.
-    Merged(Close<'a, (), S>),
+    /// Those of all blocks of a channel, merged; given those of each batch if it is there.
+    Merged(Option<Close<'a, (), S>>),
     /// Those of each block of a single channel, of the first one at the place given.
     Each(Disjoint<'a, [f64; S]>, usize),
 }
 
-/// What is known of the channels of a batch: of their blocks while they are read, and in all.
-struct Batch<B, const S: usize> {
-    blocks: Each<B>,
+/// The channels of a batch that are read, and what is known of them: of their blocks while these are read, and in all.
+struct Batch<'r, 'a, I: Isa, E: Element, R: Reduction<E, S>, const S: usize> {
+    reduce: &'r Reduce<'a, E, R, S>,
+    read: Range<usize>,
+    /// The number of the block that is read of each, and the runs of the first one.
+    block: usize,
+    runs: Runs,
+    blocks: Each<R::Block<I>>,
     totals: Merged<S>,
 }
 
-impl<E: Element, R: Reduction<E, S>, const S: usize> Reduce<'_, E, R, S> {
-    /// Reduces the channels of `read` to the totals of `batch`.
+impl<'r, 'a, I: Isa, E: Element, R: Reduction<E, S>, const S: usize> Batch<'r, 'a, I, E, R, S> {
+    fn new(isa: I, reduce: &'r Reduce<'a, E, R, S>) -> Self {
+        let (block, runs) = (0, reduce.planar.block(0, 0));
+        let blocks = [reduce.reduction.blank(isa); BATCH];
+        let mut batch = Self { reduce, read: 0..0, block, runs, blocks, totals: Merged::new() };
+        batch.read = batch.after(reduce.channels.start);
+        batch
+    }
+
+    /// The channels of a batch that starts there.
+    fn after(&self, channel: usize) -> Range<usize> {
+        channel..(channel + self.reduce.batch).min(self.reduce.channels.end)
+    }
+
+    /// Reads the channels. All bands are added by `add`.
     #[inline(always)]
-    fn read<I: Isa>(&self, isa: I, read: Range<usize>, batch: &mut Batch<R::Block<I>, S>) {
-        let Self { planar, reduction, base, .. } = *self;
-        let (plane, channels) = (planar.plane, base + read.start..base + read.end);
-        let (blocks, totals) = (&mut batch.blocks[..read.len()], &mut batch.totals);
-        totals.count = 0;
-        for b in self.blocks.clone() {
+    fn read(&mut self, isa: I, mut add: impl FnMut(&mut Self, Band)) {
+        self.totals.count = 0;
+        for block in self.reduce.blocks.clone() {
+            self.block = block;
             // Else compilers make it again for each group of vectors, division and all.
-            let first = core::hint::black_box(planar.block(read.start, b));
-            // SAFETY: the runs come from the grid.
-            unsafe { reduction.begin(isa, channels.clone(), (first, plane), blocks) };
-            for band in first.bands() {
-                for (i, block) in blocks.iter_mut().enumerate() {
+            self.runs = core::hint::black_box(self.reduce.planar.block(self.read.start, block));
+            isa.call(Step { batch: self, action: Action::Begin });
+            for band in self.runs.bands() {
+                add(self, band);
+            }
+            isa.call(Step { batch: self, action: Action::End });
+        }
+    }
+
+    /// Adds a band of the first channel, and those of others of the batch.
+    #[inline(always)]
+    fn add(&mut self, isa: I, band: Band, channels: Range<usize>) {
+        isa.call(Step { batch: self, action: Action::Add(band, channels) });
+    }
+
+    #[inline(always)]
+    fn begin(&mut self, isa: I) {
+        let Self { reduce: &Reduce { planar, base, reduction, ref channels, ref blocks, from_memory, .. }, .. } = *self;
+        let (plane, Range { start, end }) = (planar.plane, self.read.clone());
+        // SAFETY: the runs come from the grid.
+        unsafe { reduction.begin(isa, base + start..base + end, (self.runs, plane), &mut self.blocks[..end - start]) };
+        let next = self.block + 1;
+        let (read, block) = if next < blocks.end { (self.read.clone(), next) } else { (self.after(end), blocks.start) };
+        if from_memory && read.start < channels.end {
+            reduction.foresee(isa, read.len(), (planar.block(read.start, block), plane));
+        }
+    }
+
+    #[inline(always)]
+    fn end(&mut self, isa: I) {
+        let (reduce, blocks) = (self.reduce, &self.blocks[..self.read.len()]);
+        // SAFETY: the runs come from the grid.
+        let values = unsafe { reduce.reduction.end(isa, blocks, (self.runs, reduce.planar.plane)) };
+        match reduce.values {
+            Values::Merged(_) => {
+                let weights = self.totals.weights(self.runs.size());
+                self.totals.add::<E, R>(weights, &values);
+            }
+            Values::Each(out, at) => {
+                // SAFETY: no other kernel has this block.
+                let out = unsafe { out.slice(at + self.block..at + self.block + 1) };
+                transpose(&values, out);
+            }
+        }
+    }
+}
+
+/// What is done with a batch, compiled once for all that is done with its values.
+enum Action {
+    /// Begins the blocks.
+    Begin,
+    /// Adds to them, see [`Batch::add`].
+    Add(Band, Range<usize>),
+    /// Ends them.
+    End,
+}
+
+struct Step<'b, 'r, 'a, I: Isa, E: Element, R: Reduction<E, S>, const S: usize> {
+    batch: &'b mut Batch<'r, 'a, I, E, R, S>,
+    action: Action,
+}
+
+impl<I: Isa, E: Element, R: Reduction<E, S>, const S: usize> Part<I> for Step<'_, '_, '_, I, E, R, S> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, isa: I) {
+        let Self { batch, action } = self;
+        match action {
+            Action::Begin => batch.begin(isa),
+            Action::Add(band, channels) => {
+                let Reduce { planar, reduction, ahead, .. } = *batch.reduce;
+                for i in channels {
                     // SAFETY: the runs come from the grid.
-                    unsafe { reduction.add(isa, block, band.shifted(i * plane), self.ahead) };
+                    unsafe { reduction.add(isa, &mut batch.blocks[i], band.shifted(i * planar.plane), ahead) };
                 }
             }
-            // SAFETY: the runs come from the grid.
-            let values = unsafe { reduction.end(isa, blocks, (first, plane)) };
-            match self.values {
-                Values::Merged(_) => {
-                    let weights = totals.weights(first.size());
-                    totals.add::<E, R>(weights, &values);
-                }
-                Values::Each(out, at) => {
-                    // SAFETY: no other kernel has this block.
-                    let out = unsafe { out.slice(at + b..at + b + 1) };
-                    transpose(&values, out);
-                }
-            }
+            Action::End => batch.end(isa),
         }
     }
 }
@@ -82,39 +156,206 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Kernel for Reduce<'_, E, R,
     type Output = ();
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let mut batch = Batch { blocks: [self.reduction.blank(isa); BATCH], totals: Merged::new() };
-        for start in self.channels.clone().step_by(self.batch) {
-            let read = start..(start + self.batch).min(self.channels.end);
-            self.read(isa, read.clone(), &mut batch);
-            if let Values::Merged(close) = self.values {
-                close(read, &batch.totals.values);
+        let mut batch = Batch::new(isa, &self);
+        while !batch.read.is_empty() {
+            let all = 0..batch.read.len();
+            batch.read(isa, |batch, band| batch.add(isa, band, all.clone()));
+            if let Values::Merged(Some(close)) = self.values {
+                close(batch.read.clone(), &batch.totals.values);
+            }
+            batch.read = batch.after(batch.read.end);
+        }
+    }
+}
+
+/// Both halves for a range of channels, batch after batch.
+pub(super) struct Both<'c, 'a, E: Element, R, M: Map<K>, const S: usize, const K: usize> {
+    pub(super) reduce: Reduce<'c, E, R, S>,
+    pub(super) close: Close<'c, [Each<E::Param>; K], S>,
+    pub(super) map: M,
+    pub(super) target: Target<'a, E>,
+    /// Whether a batch is written while the next one is read; else before.
+    pub(super) beside: bool,
+    /// The elements ahead of what is written that are asked for where another batch follows, and where none does.
+    pub(super) ahead: [usize; 2],
+}
+
+impl<E: Element, R: Reduction<E, S>, M: Map<K, Element = E>, const S: usize, const K: usize> Kernel
+    for Both<'_, '_, E, R, M, S, K>
+{
+    type Output = ();
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let Self { ref reduce, close, map, target, beside, ahead } = self;
+        let Planar { planes: images, plane, .. } = reduce.planar;
+        let mut params = [[E::Param::default(); K]; BATCH];
+        let mut batch = Batch::new(isa, reduce);
+        let mut all = 0..batch.read.len();
+        batch.read(isa, |batch, band| batch.add(isa, band, all.clone()));
+        loop {
+            let read = batch.read.clone();
+            closed(close, read.clone(), &batch.totals.values, &mut params);
+            batch.read = batch.after(read.end);
+            let is_last = batch.read.is_empty();
+            let (at, end) = (read.start * plane, read.end * plane);
+            let first =
+                Planes { plane, at, channel: 0, plane_end: at + plane, end, ahead: ahead[usize::from(is_last)] };
+            let first = first.shifted((images - 1) * reduce.planar.pitch());
+            let (pitch, params) = (reduce.planar.pitch().wrapping_neg(), &params[..read.len()]);
+            let mut write = Write { map, planes: first, first, images, pitch, params, target };
+            all = 0..batch.read.len();
+            if beside && !is_last {
+                batch.read(isa, |batch, band| all.clone().for_each(|i| add_beside(isa, batch, (band, i), &mut write)));
+                isa.call(write);
+                continue;
+            }
+            isa.call(write);
+            if is_last {
+                return;
+            }
+            batch.read(isa, |batch, band| batch.add(isa, band, all.clone()));
+        }
+    }
+}
+
+/// The coefficients of the channels of a batch. Not inlined, so that it is compiled once for many kernels.
+#[inline(never)]
+fn closed<P: Real, const S: usize, const K: usize>(
+    close: Close<'_, [Each<P>; K], S>,
+    channels: Range<usize>,
+    values: &[Each<f64>; S],
+    params: &mut [[P; K]; BATCH],
+) {
+    transpose(&plain(close(channels, values)), params);
+}
+
+/// Adds a band of the `i`-th channel of a batch, and beside it writes the next elements of others, as many or somewhat fewer: what one
+/// waits for, the loads of the sums for memory and the stores for their turn, leaves the other its time.
+#[inline(always)]
+fn add_beside<I: Isa, E, R, M, const S: usize, const K: usize>(
+    isa: I,
+    batch: &mut Batch<'_, '_, I, E, R, S>,
+    (band, i): (Band, usize),
+    write: &mut Write<'_, '_, M, K>,
+) where
+    E: Element,
+    R: Reduction<E, S>,
+    M: Map<K, Element = E>,
+{
+    let Reduce { planar, reduction, ahead, .. } = *batch.reduce;
+    let (lanes, by) = (Compute::<I, E>::LANES, i * planar.plane);
+    let mut rest = band;
+    while rest.rows == GROUP && rest.len >= lanes && write.images > 0 {
+        let groups = (rest.len / lanes).min(write.groups::<I>());
+        if groups == 0 {
+            isa.call(Edges(write));
+            continue;
+        }
+        let (block, read) = (&mut batch.blocks[i], (rest.shifted(by), groups));
+        let mut written = write.inside(isa);
+        // SAFETY: the runs come from the grid, and so many groups of vectors can be written.
+        unsafe {
+            if write.target.streaming {
+                reduction.add_beside(isa, block, read, ahead, || written.write::<true>());
+            } else {
+                reduction.add_beside(isa, block, read, ahead, || written.write::<false>());
             }
         }
+        write.go_on(groups * Groups::<I, M, K>::LEN);
+        rest = rest.after(groups * lanes);
+    }
+    if rest.len > 0 {
+        batch.add(isa, rest, i..i + 1);
     }
 }
 
 /// The second half for planes that follow each other, and for as many of each further image, `pitch` from those of the one
 /// before.
+#[derive(Clone, Copy)]
 struct Write<'p, 'a, M: Map<K>, const K: usize> {
     map: M,
+    /// What is left of the image, and all of it.
     planes: Planes,
+    first: Planes,
+    /// The image and those that follow.
     images: usize,
     pitch: usize,
     params: &'p [[<M::Element as Storage>::Compute; K]],
     target: Target<'a, M::Element>,
 }
 
+impl<'a, M: Map<K>, const K: usize> Write<'_, 'a, M, K> {
+    /// Elements before the first vector of the image that is aligned, if none was written.
+    #[inline(always)]
+    fn head<I: Isa>(&self) -> usize {
+        let at = self.planes.at;
+        if at > self.first.at { 0 } else { self.target.unaligned(at, Compute::<I, M::Element>::LANES).unwrap_or(0) }
+    }
+
+    /// Groups of vectors that can be written before the next edge of a plane.
+    #[inline(always)]
+    fn groups<I: Isa>(&self) -> usize {
+        if self.head::<I>() > 0 { 0 } else { self.planes.inside() / Groups::<I, M, K>::LEN }
+    }
+
+    #[inline(always)]
+    fn inside<I: Isa>(&self, isa: I) -> Groups<'a, I, M, K> {
+        Groups::new(isa, self.map, self.target, &self.params[self.planes.channel], self.planes.at)
+    }
+
+    /// Writes up to the first aligned vector, or up to the one at the edge of a plane and that one.
+    #[inline(always)]
+    fn edge<I: Isa>(&mut self, isa: I) {
+        let Planes { at, end, .. } = self.planes;
+        let n = match self.head::<I>() {
+            0 => (self.planes.inside() + 1).next_multiple_of(Compute::<I, M::Element>::LANES),
+            head => head,
+        };
+        let planes = Planes { end: end.min(at + n), ahead: 0, ..self.planes };
+        // SAFETY: the promise of who made this.
+        unsafe { over_planes(isa, self.map, planes, self.params, self.target) };
+        self.go_on(planes.end - at);
+    }
+
+    /// Goes on by `n` elements.
+    #[inline(always)]
+    fn go_on(&mut self, n: usize) {
+        self.planes.go_on(n, self.params.len());
+        if self.planes.at == self.planes.end {
+            self.next();
+        }
+    }
+
+    /// Goes on to the next image.
+    #[inline(always)]
+    fn next(&mut self) {
+        self.images -= 1;
+        self.first = self.first.shifted(self.pitch);
+        self.planes = self.first;
+    }
+}
+
 impl<M: Map<K>, const K: usize> Kernel for Write<'_, '_, M, K> {
     type Output = ();
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
-        let Self { map, mut planes, images, pitch, params, target } = self;
-        for _ in 0..images {
+    fn run<I: Isa>(mut self, isa: I) {
+        while self.images > 0 {
             // SAFETY: the promise of who made this.
-            unsafe { over_planes(isa, map, planes, params, target) };
-            planes.at += pitch;
-            planes.plane_end += pitch;
-            planes.end += pitch;
+            unsafe { over_planes(isa, self.map, self.planes, self.params, self.target) };
+            self.next();
+        }
+    }
+}
+
+/// Writes until groups of vectors can follow, or all is written.
+struct Edges<'w, 'p, 'a, M: Map<K>, const K: usize>(&'w mut Write<'p, 'a, M, K>);
+
+impl<M: Map<K>, const K: usize> Kernel for Edges<'_, '_, '_, M, K> {
+    type Output = ();
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        while self.0.images > 0 && self.0.groups::<I>() == 0 {
+            self.0.edge(isa);
         }
     }
 }
@@ -138,25 +379,5 @@ pub(super) unsafe fn map<M: Map<K>, const K: usize>(
     let (channel, plane_end) = (index % channels, (index + 1) * plane - origin);
     let ahead = if target.streaming { AHEAD_STREAMED / size_of::<M::Element>() } else { 0 };
     let planes = Planes { plane, at, channel, plane_end, end, ahead };
-    dispatch(tier, Write { map, planes, images: 1, pitch: 0, params, target });
-}
-
-/// The second half for a batch of channels, image by image. The elements `ahead` of them are prefetched, none for 0.
-///
-/// # Safety
-/// The channels lie inside the tensors that `map` was made for and the one of `target`, and nothing else accesses those of it
-/// meanwhile.
-pub(super) unsafe fn map_batch<M: Map<K>, const K: usize>(
-    tier: Dispatched,
-    planar: Planar,
-    map: M,
-    target: Target<'_, M::Element>,
-    params: &[[<M::Element as Storage>::Compute; K]],
-    channels: Range<usize>,
-    ahead: usize,
-) {
-    let plane = planar.plane;
-    let (at, end) = (channels.start * plane, channels.end * plane);
-    let planes = Planes { plane, at, channel: 0, plane_end: at + plane, end, ahead };
-    dispatch(tier, Write { map, planes, images: planar.planes, pitch: planar.pitch(), params, target });
+    dispatch(tier, Write { map, planes, first: planes, images: 1, pitch: 0, params, target });
 }

@@ -99,33 +99,56 @@ impl Dispatched {
     }
 }
 
-/// A piece of work that is generic over the tier; `run` must be `#[inline(always)]`. The functions that carry the tiers' features
-/// are methods, so that each is compiled with the module of its kernel, and the modules side by side.
-pub(crate) trait Kernel: Sized {
+/// A piece of work that is generic over the tier; `run` must be `#[inline(always)]`.
+pub trait Kernel: Sized {
     type Output;
     fn run<I: Isa>(self, isa: I) -> Self::Output;
+}
 
+/// A piece of work on one tier, called by [`Isa::call`]; `run` must be `#[inline(always)]`. The functions that carry the tiers'
+/// features are methods, so that each is compiled with the module of its kernel, and the modules side by side.
+pub trait Part<I: Isa>: Sized {
+    /// What it returns.
+    type Output;
+    /// Runs.
+    fn run(self, isa: I) -> Self::Output;
+
+    /// Runs without features.
     #[inline(never)]
-    fn run_portable(self, isa: Portable) -> Self::Output {
+    fn call_portable(self, isa: I) -> Self::Output {
         self.run(isa)
     }
 
+    /// Runs with those of AVX2.
+    ///
     /// # Safety
-    /// As `isa` proves.
+    /// They were detected, which an `isa` of that tier proves.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,f16c")]
-    unsafe fn run_avx2(self, isa: Avx2) -> Self::Output {
+    #[inline(never)]
+    unsafe fn call_avx2(self, isa: I) -> Self::Output {
         align_frame();
         self.run(isa)
     }
 
+    /// Runs with those of AVX-512.
+    ///
     /// # Safety
-    /// As `isa` proves.
+    /// They were detected, which an `isa` of that tier proves.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c")]
-    unsafe fn run_avx512(self, isa: Avx512) -> Self::Output {
+    #[inline(never)]
+    unsafe fn call_avx512(self, isa: I) -> Self::Output {
         align_frame();
         self.run(isa)
+    }
+}
+
+impl<I: Isa, K: Kernel> Part<I> for K {
+    type Output = K::Output;
+    #[inline(always)]
+    fn run(self, isa: I) -> K::Output {
+        Kernel::run(self, isa)
     }
 }
 
@@ -143,13 +166,11 @@ fn align_frame() {
 /// Runs `kernel` on `tier`, compiled for the tier's features.
 pub(crate) fn dispatch<K: Kernel>(tier: Dispatched, kernel: K) -> K::Output {
     match tier {
-        Dispatched::Portable(isa) => kernel.run_portable(isa),
+        Dispatched::Portable(isa) => isa.call(kernel),
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: `isa` proves that its features were detected.
-        Dispatched::Avx2(isa) => unsafe { kernel.run_avx2(isa) },
+        Dispatched::Avx2(isa) => isa.call(kernel),
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: `isa` proves that its features were detected.
-        Dispatched::Avx512(isa) => unsafe { kernel.run_avx512(isa) },
+        Dispatched::Avx512(isa) => isa.call(kernel),
     }
 }
 

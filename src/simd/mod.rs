@@ -15,6 +15,7 @@ mod x86_64;
 
 use crate::element::{Element, Real};
 
+pub use dispatch::Part;
 pub use dispatch::Tier;
 pub(crate) use dispatch::{Dispatched, Kernel, dispatch};
 
@@ -30,6 +31,8 @@ pub trait Isa: Copy + Send + Sync {
     /// 8 lanes of f64.
     type F64: Vector<Self, Scalar = f64>;
 
+    /// Runs `part` in a function of its own, compiled for the tier's features.
+    fn call<P: Part<Self>>(self, part: P) -> P::Output;
     /// Asks the caches for the line at `at`, which may be any address.
     fn prefetch(self, at: *const u8);
     /// Makes streamed stores visible to other threads in order.

@@ -2,7 +2,7 @@
 
 use wide::{f32x16, f64x8};
 
-use super::{Isa, Tier, Vector};
+use super::{Isa, Part, Tier, Vector};
 
 /// The portable tier; any CPU that runs the build has it.
 #[derive(Debug, Clone, Copy)]
@@ -12,6 +12,11 @@ impl Isa for Portable {
     const TIER: Tier = Tier::Portable;
     type F32 = f32x16;
     type F64 = f64x8;
+
+    #[inline(always)]
+    fn call<P: Part<Self>>(self, part: P) -> P::Output {
+        part.call_portable(self)
+    }
 
     #[inline(always)]
     fn prefetch(self, at: *const u8) {

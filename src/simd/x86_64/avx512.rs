@@ -3,7 +3,7 @@
 use core::arch::x86_64::*;
 
 use super::fold_four;
-use crate::simd::{Isa, Tier, Vector};
+use crate::simd::{Isa, Part, Tier, Vector};
 
 /// Proof that the CPU has AVX-512 F, BW, DQ and VL.
 #[derive(Debug, Clone, Copy)]
@@ -33,6 +33,12 @@ impl Isa for Avx512 {
     const TIER: Tier = Tier::Avx512;
     type F32 = F32;
     type F64 = F64;
+
+    #[inline(always)]
+    fn call<P: Part<Self>>(self, part: P) -> P::Output {
+        // SAFETY: `self` proves that the features were detected.
+        unsafe { part.call_avx512(self) }
+    }
 
     #[inline(always)]
     fn prefetch(self, at: *const u8) {
