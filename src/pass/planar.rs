@@ -142,13 +142,24 @@ impl<I: Isa, E: Element, R: Reduction<E, S>, const S: usize> Part<I> for Step<'_
             Action::Begin => batch.begin(isa),
             Action::Add(band, channels) => {
                 let Reduce { planar, reduction, ahead, .. } = *batch.reduce;
-                for i in channels {
+                for (block, i) in batch.blocks[channels.clone()].iter_mut().zip(channels) {
                     // SAFETY: the runs come from the grid.
-                    unsafe { reduction.add(isa, &mut batch.blocks[i], band.shifted(i * planar.plane), ahead) };
+                    unsafe { reduction.add(isa, block, band.shifted(i * planar.plane), ahead) };
                 }
             }
             Action::End => batch.end(isa),
         }
+    }
+}
+
+/// Reads the channels of a batch, and does nothing beside.
+struct Alone<'b, 'r, 'a, I: Isa, E: Element, R: Reduction<E, S>, const S: usize>(&'b mut Batch<'r, 'a, I, E, R, S>);
+
+impl<I: Isa, E: Element, R: Reduction<E, S>, const S: usize> Part<I> for Alone<'_, '_, '_, I, E, R, S> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, isa: I) {
+        self.0.read(isa, |batch, band| batch.add(isa, band, 0..batch.read.len()));
     }
 }
 
@@ -158,8 +169,7 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Kernel for Reduce<'_, E, R,
     fn run<I: Isa>(self, isa: I) {
         let mut batch = Batch::new(isa, &self);
         while !batch.read.is_empty() {
-            let all = 0..batch.read.len();
-            batch.read(isa, |batch, band| batch.add(isa, band, all.clone()));
+            isa.call(Alone(&mut batch));
             if let Values::Merged(Some(close)) = self.values {
                 close(batch.read.clone(), &batch.totals.values);
             }
@@ -190,8 +200,7 @@ impl<E: Element, R: Reduction<E, S>, M: Map<K, Element = E>, const S: usize, con
         let Planar { planes: images, plane, .. } = reduce.planar;
         let mut params = [[E::Param::default(); K]; BATCH];
         let mut batch = Batch::new(isa, reduce);
-        let mut all = 0..batch.read.len();
-        batch.read(isa, |batch, band| batch.add(isa, band, all.clone()));
+        isa.call(Alone(&mut batch));
         loop {
             let read = batch.read.clone();
             closed(close, read.clone(), &batch.totals.values, &mut params);
@@ -203,9 +212,10 @@ impl<E: Element, R: Reduction<E, S>, M: Map<K, Element = E>, const S: usize, con
             let first = first.shifted((images - 1) * reduce.planar.pitch());
             let (pitch, params) = (reduce.planar.pitch().wrapping_neg(), &params[..read.len()]);
             let mut write = Write { map, planes: first, first, images, pitch, params, target };
-            all = 0..batch.read.len();
             if beside && !is_last {
-                batch.read(isa, |batch, band| all.clone().for_each(|i| add_beside(isa, batch, (band, i), &mut write)));
+                batch.read(isa, |batch, band| {
+                    (0..batch.read.len()).for_each(|i| add_beside(isa, batch, (band, i), &mut write));
+                });
                 isa.call(write);
                 continue;
             }
@@ -213,7 +223,7 @@ impl<E: Element, R: Reduction<E, S>, M: Map<K, Element = E>, const S: usize, con
             if is_last {
                 return;
             }
-            batch.read(isa, |batch, band| batch.add(isa, band, all.clone()));
+            isa.call(Alone(&mut batch));
         }
     }
 }
