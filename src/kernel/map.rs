@@ -168,7 +168,7 @@ impl Planes {
     pub(crate) fn go_on(&mut self, n: usize, channels: usize) {
         self.at += n;
         while self.plane_end <= self.at {
-            self.channel = if self.channel + 1 == channels { 0 } else { self.channel + 1 };
+            self.channel = following(self.channel, channels);
             self.plane_end += self.plane;
         }
     }
@@ -179,6 +179,12 @@ impl Planes {
         let by = |at: usize| at.wrapping_add(by);
         Self { at: by(self.at), plane_end: by(self.plane_end), end: by(self.end), ..self }
     }
+}
+
+/// The channel of the plane that follows, of so many channels.
+#[inline(always)]
+fn following(channel: usize, channels: usize) -> usize {
+    if channel + 1 == channels { 0 } else { channel + 1 }
 }
 
 /// Of each channel; after the last one comes the first again.
@@ -231,7 +237,7 @@ unsafe fn write_planes<I: Isa, M: Map<K>, const K: usize, const STREAM: bool, co
         let mut mixed = vectors;
         while plane_end <= at {
             let done = plane_end - first;
-            (channel, plane_end) = (if channel + 1 == params.len() { 0 } else { channel + 1 }, plane_end + plane);
+            (channel, plane_end) = (following(channel, params.len()), plane_end + plane);
             vectors = of(channel);
             if done < n {
                 for (mixed, vector) in mixed.iter_mut().zip(vectors) {

@@ -74,7 +74,7 @@ pub(crate) trait Reduction<E: Element, const S: usize>: Packs<E> + Sync {
     /// The runs come from the grid of the tensors' shape.
     unsafe fn begin<I: Isa>(&self, isa: I, channels: Range<usize>, first: (Runs, usize), blocks: &mut [Self::Block<I>]);
 
-    /// Asks the caches for what [`Reduction::begin`] will read.
+    /// Asks the caches for what [`Reduction::begin`] will read of so many channels.
     #[inline(always)]
     fn foresee<I: Isa>(&self, _: I, _: usize, _: (Runs, usize)) {}
 
@@ -307,27 +307,12 @@ impl<'v> Context<'v> {
         match self.geometry {
             Geometry::Planar(planar) if self.fuses::<E>(planar) => {
                 let (batch, beside) = (self.batch::<E, R, S>(planar), self.writes_beside::<E, R, S>(planar));
-                let ahead = if beside { AHEAD_IN_IMAGE / size_of::<E>() } else { self.ahead::<E, R, S>(planar, batch) };
                 // The next batch is asked for while this one is written, which leaves the read side of memory idle.
                 let waits = channel_bytes::<E, R, S>(planar) * batch <= AHEAD_BATCH;
                 let mapped = AHEAD_MAPPED / size_of::<E>();
                 let next = if waits && !beside && !self.keeps_up(planar) { batch * planar.plane } else { mapped };
                 for_each_piece(self.workers, planar.channels, &|_, channels| {
-                    let (blocks, base, element) = (0..planar.blocks(), 0, PhantomData::<E>);
-                    let values = Values::Merged(None);
-                    let from_memory = true;
-                    let reduce = Reduce {
-                        planar,
-                        channels,
-                        blocks,
-                        base,
-                        reduction,
-                        batch,
-                        ahead,
-                        from_memory,
-                        values,
-                        element,
-                    };
+                    let reduce = self.whole(planar, channels, reduction, Values::Merged(None), beside);
                     dispatch(self.tier, planar::Both { reduce, close, map, target, beside, ahead: [next, mapped] });
                     self.fence(target);
                 });
@@ -443,20 +428,19 @@ impl<'v> Context<'v> {
         (wide, narrow, Disjoint::elements(room))
     }
 
-    /// Reduces whole channels, batch by batch.
-    fn reduce_channels<E: Element, R: Reduction<E, S>, const S: usize>(
-        self,
+    /// The first half for whole channels, batch by batch; `beside` a second one or not.
+    fn whole<'r, E: Element, R: Reduction<E, S>, const S: usize>(
+        &self,
         planar: Planar,
         channels: Range<usize>,
-        reduction: &R,
-        close: Close<'_, (), S>,
-    ) {
-        let (batch, values) = (self.batch::<E, R, S>(planar), Values::Merged(Some(close)));
-        let ahead = self.ahead::<E, R, S>(planar, batch);
-        let (blocks, base, element) = (0..planar.blocks(), 0, PhantomData::<E>);
-        let from_memory = self.large;
-        let all = Reduce { planar, channels, blocks, base, reduction, batch, ahead, from_memory, values, element };
-        dispatch(self.tier, all);
+        reduction: &'r R,
+        values: Values<'r, S>,
+        beside: bool,
+    ) -> Reduce<'r, E, R, S> {
+        let (batch, from_memory) = (self.batch::<E, R, S>(planar), self.large);
+        let ahead = if beside { AHEAD_IN_IMAGE / size_of::<E>() } else { self.ahead::<E, R, S>(planar, batch) };
+        let (blocks, base, element) = (0..planar.blocks(), 0, PhantomData);
+        Reduce { planar, channels, blocks, base, reduction, batch, ahead, from_memory, values, element }
     }
 
     /// Channels that are reduced before the first of them is mapped.
@@ -490,7 +474,8 @@ impl<'v> Context<'v> {
     ) {
         if self.by_channel(planar) {
             return for_each_piece(self.workers, planar.channels, &|_, channels| {
-                self.reduce_channels(planar, channels, reduction, close);
+                let values = Values::Merged(Some(close));
+                dispatch(self.tier, self.whole::<E, R, S>(planar, channels, reduction, values, false));
             });
         }
         let values: &mut [[f64; S]] = wide.as_chunks_mut().0;

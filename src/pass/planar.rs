@@ -178,7 +178,7 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Kernel for Reduce<'_, E, R,
     }
 }
 
-/// Both halves for a range of channels, batch after batch.
+/// Both halves for a range of channels, which no other kernel writes meanwhile, batch after batch.
 pub(super) struct Both<'c, 'a, E: Element, R, M: Map<K>, const S: usize, const K: usize> {
     pub(super) reduce: Reduce<'c, E, R, S>,
     pub(super) close: Close<'c, [Each<E::Param>; K], S>,
@@ -206,24 +206,25 @@ impl<E: Element, R: Reduction<E, S>, M: Map<K, Element = E>, const S: usize, con
             closed(close, read.clone(), &batch.totals.values, &mut params);
             batch.read = batch.after(read.end);
             let is_last = batch.read.is_empty();
-            let (at, end) = (read.start * plane, read.end * plane);
+            // From the last image backwards, which was read last.
+            let image = (images - 1) * reduce.planar.pitch();
+            let (at, end) = (image + read.start * plane, image + read.end * plane);
             let first =
                 Planes { plane, at, channel: 0, plane_end: at + plane, end, ahead: ahead[usize::from(is_last)] };
-            let first = first.shifted((images - 1) * reduce.planar.pitch());
             let (pitch, params) = (reduce.planar.pitch().wrapping_neg(), &params[..read.len()]);
             let mut write = Write { map, planes: first, first, images, pitch, params, target };
             if beside && !is_last {
                 batch.read(isa, |batch, band| {
                     (0..batch.read.len()).for_each(|i| add_beside(isa, batch, (band, i), &mut write));
                 });
-                isa.call(write);
-                continue;
             }
             isa.call(write);
             if is_last {
                 return;
             }
-            isa.call(Alone(&mut batch));
+            if !beside {
+                isa.call(Alone(&mut batch));
+            }
         }
     }
 }

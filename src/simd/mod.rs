@@ -15,9 +15,8 @@ mod x86_64;
 
 use crate::element::{Element, Real};
 
-pub use dispatch::Part;
-pub use dispatch::Tier;
 pub(crate) use dispatch::{Dispatched, Kernel, dispatch};
+pub use dispatch::{Part, Tier};
 
 /// Lanes of the widest logical vector (f32); buffers for one vector are this long.
 pub(crate) const MAX_LANES: usize = 16;
