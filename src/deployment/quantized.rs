@@ -133,7 +133,7 @@ impl Map<2> for Requantize<'_> {
     type Element = i8;
 
     #[inline(always)]
-    unsafe fn at<I: Isa, const FULL: bool>(
+    unsafe fn raw<I: Isa, const FULL: bool>(
         &self,
         isa: I,
         [a, b]: &[Compute<I, i8>; 2],

@@ -235,7 +235,7 @@ impl<E: Element> Map<3> for Passed<'_, E> {
     type Element = E;
 
     #[inline(always)]
-    unsafe fn at<I: Isa, const FULL: bool>(
+    unsafe fn raw<I: Isa, const FULL: bool>(
         &self,
         isa: I,
         [hi, scale, shift]: &[Compute<I, E>; 3],
@@ -434,7 +434,7 @@ impl<E: Element, U: Upstream<E>, const K: usize> Map<K> for Pair<'_, E, U> {
     type Element = E;
 
     #[inline(always)]
-    unsafe fn at<I: Isa, const FULL: bool>(
+    unsafe fn raw<I: Isa, const FULL: bool>(
         &self,
         isa: I,
         params: &[Compute<I, E>; K],

@@ -23,17 +23,49 @@ pub(crate) trait Map<const K: usize>: Packs<Self::Element> + Sync {
     /// The type that is written.
     type Element: Storage;
 
-    /// The values of the elements from `at`: of a whole vector if `FULL`, else of the first `n`.
+    /// What the parameters make of the elements from `at`: of a whole vector if `FULL`, else of the first `n`. Lanes that belong to
+    /// other channels are thrown away, so nothing is written.
     ///
     /// # Safety
     /// The elements lie inside the tensors that the map was made for.
-    unsafe fn at<I: Isa, const FULL: bool>(
+    unsafe fn raw<I: Isa, const FULL: bool>(
         &self,
         isa: I,
         params: &[Compute<I, Self::Element>; K],
         at: usize,
         n: usize,
     ) -> Compute<I, Self::Element>;
+
+    /// The values of these elements from what [`Map::raw`] made of them.
+    ///
+    /// # Safety
+    /// As [`Map::raw`].
+    #[inline(always)]
+    unsafe fn finish<I: Isa, const FULL: bool>(
+        &self,
+        _: I,
+        raw: Compute<I, Self::Element>,
+        _: usize,
+        _: usize,
+    ) -> Compute<I, Self::Element> {
+        raw
+    }
+
+    /// The values of these elements, all of one channel or with parameters of their own.
+    ///
+    /// # Safety
+    /// As [`Map::raw`].
+    #[inline(always)]
+    unsafe fn at<I: Isa, const FULL: bool>(
+        &self,
+        isa: I,
+        params: &[Compute<I, Self::Element>; K],
+        at: usize,
+        n: usize,
+    ) -> Compute<I, Self::Element> {
+        // SAFETY: the caller's promise.
+        unsafe { self.finish::<I, FULL>(isa, self.raw::<I, FULL>(isa, params, at, n), at, n) }
+    }
 
     /// What stands for zero in what is written, where a view shows nothing.
     fn zero(&self) -> Self::Element {
@@ -214,53 +246,74 @@ pub(crate) unsafe fn over_planes<I: Isa, M: Map<K>, const K: usize>(
     }
 }
 
+/// Where a walk through planes is: the parameters of the plane that it is in, and where that ends.
+struct Walk<'p, I: Isa, M: Map<K>, const K: usize> {
+    plane: usize,
+    channel: usize,
+    plane_end: usize,
+    params: Params<'p, M, K>,
+    vectors: [Compute<I, M::Element>; K],
+}
+
+impl<I: Isa, M: Map<K>, const K: usize> Walk<'_, I, M, K> {
+    /// The values of the `n` elements from `at`, up to a vector, which may lie in several planes. Goes on to the plane behind them.
+    ///
+    /// # Safety
+    /// As [`Map::at`].
+    #[inline(always)]
+    unsafe fn over<const FULL: bool>(&mut self, isa: I, map: M, (at, n): (usize, usize)) -> Compute<I, M::Element> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut raw = map.raw::<I, FULL>(isa, &self.vectors, at, n);
+            while self.plane_end <= at + n {
+                let done = self.plane_end - at;
+                (self.channel, self.plane_end) =
+                    (following(self.channel, self.params.len()), self.plane_end + self.plane);
+                self.vectors = splats::<I, Compute<I, M::Element>, K>(isa, &self.params[self.channel]);
+                // Values are mixed rather than parameters, which registers do not hold twice.
+                if done < n {
+                    raw = raw.first(done, map.raw::<I, FULL>(isa, &self.vectors, at, n));
+                }
+            }
+            map.finish::<I, FULL>(isa, raw, at, n)
+        }
+    }
+}
+
 #[inline(always)]
 unsafe fn write_planes<I: Isa, M: Map<K>, const K: usize, const STREAM: bool, const ASK: bool>(
     isa: I,
     map: M,
-    Planes { plane, mut at, mut channel, mut plane_end, end, ahead }: Planes,
+    Planes { plane, mut at, channel, plane_end, end, ahead }: Planes,
     params: Params<'_, M, K>,
     target: Target<'_, M::Element>,
 ) {
     let lanes = Compute::<I, M::Element>::LANES;
-    let of = |channel: usize| splats::<I, Compute<I, M::Element>, K>(isa, &params[channel]);
-    let mut vectors = of(channel);
+    let vectors = splats::<I, Compute<I, M::Element>, K>(isa, &params[channel]);
+    let mut walk = Walk::<I, M, K> { plane, channel, plane_end, params, vectors };
     // Elements before the first aligned vector, then whole vectors, then what is left.
     let mut n = match target.unaligned(at, lanes).unwrap_or(0).min(end - at) {
         0 => lanes.min(end - at),
         head => head,
     };
     while n > 0 {
-        let first = at;
-        at += n;
-        // The parameters of a vector of several planes are mixed.
-        let mut mixed = vectors;
-        while plane_end <= at {
-            let done = plane_end - first;
-            (channel, plane_end) = (following(channel, params.len()), plane_end + plane);
-            vectors = of(channel);
-            if done < n {
-                for (mixed, vector) in mixed.iter_mut().zip(vectors) {
-                    *mixed = mixed.first(done, vector);
-                }
-            }
-        }
         // SAFETY: the elements lie before the end, up to which the caller promises.
         unsafe {
             if n == lanes {
-                let value = map.at::<I, true>(isa, &mixed, first, n);
-                target.store::<I, STREAM>(isa, value, first);
+                let value = walk.over::<true>(isa, map, (at, n));
+                target.store::<I, STREAM>(isa, value, at);
             } else {
-                let value = map.at::<I, false>(isa, &mixed, first, n);
-                M::Element::store_first(isa, value, target.to.as_ptr().add(first), n);
+                let value = walk.over::<false>(isa, map, (at, n));
+                M::Element::store_first(isa, value, target.to.as_ptr().add(at), n);
             }
+            at += n;
             // Whole vectors of this plane.
-            let to = plane_end.min(end);
+            let to = walk.plane_end.min(end);
             while at + lanes <= to {
                 if ASK {
                     map.prefetch(isa, at.wrapping_add(ahead));
                 }
-                let value = map.at::<I, true>(isa, &vectors, at, lanes);
+                let value = map.at::<I, true>(isa, &walk.vectors, at, lanes);
                 target.store::<I, STREAM>(isa, value, at);
                 at += lanes;
             }

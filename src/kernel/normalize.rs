@@ -33,7 +33,7 @@ impl<E: Element> Map<3> for Normalize<'_, E> {
     type Element = E;
 
     #[inline(always)]
-    unsafe fn at<I: Isa, const FULL: bool>(
+    unsafe fn raw<I: Isa, const FULL: bool>(
         &self,
         isa: I,
         [hi, scale, shift]: &[Compute<I, E>; 3],
@@ -76,7 +76,7 @@ impl<E: Element> Map<3> for Activated<'_, E> {
     type Element = E;
 
     #[inline(always)]
-    unsafe fn at<I: Isa, const FULL: bool>(
+    unsafe fn raw<I: Isa, const FULL: bool>(
         &self,
         isa: I,
         params: &[Compute<I, E>; 3],
@@ -84,15 +84,26 @@ impl<E: Element> Map<3> for Activated<'_, E> {
         n: usize,
     ) -> Compute<I, E> {
         // SAFETY: the caller's promise.
-        let mut value = unsafe { self.normalize.at::<I, FULL>(isa, params, at, n) };
+        let mut value = unsafe { self.normalize.raw::<I, FULL>(isa, params, at, n) };
         if let Some(residual) = self.residual {
             // SAFETY: the caller's promise.
             value = value.add(unsafe { residual.load::<I, FULL>(isa, at, n) });
         }
+        value
+    }
+
+    #[inline(always)]
+    unsafe fn finish<I: Isa, const FULL: bool>(
+        &self,
+        isa: I,
+        raw: Compute<I, E>,
+        at: usize,
+        n: usize,
+    ) -> Compute<I, E> {
         if let Some(gates) = self.gates {
-            gates.record::<FULL>(value.positive(), at, n);
+            gates.record::<FULL>(raw.positive(), at, n);
         }
-        self.bend.apply(isa, value, value)
+        self.bend.apply(isa, raw, raw)
     }
 
     #[inline(always)]
