@@ -218,7 +218,10 @@ impl<I: Isa, V: Vector<I>, const K: usize> RunSums<I, V, K> {
             // SAFETY: the elements asked for lie inside the band.
             let (a, b) = unsafe {
                 // Without a look at each row.
-                if ACROSS && band.rows == GROUP && left < V::LANES {
+                if ACROSS && band.rows == GROUP && left <= V::LANES / 2 {
+                    let (a, b) = group::<I, T, K, false>(isa, terms, &params, (at, left), stride, ahead);
+                    (a.lower(), b.lower())
+                } else if ACROSS && band.rows == GROUP && left < V::LANES {
                     group::<I, T, K, false>(isa, terms, &params, (at, left), stride, ahead)
                 } else {
                     partial::<I, T, K>(isa, terms, &params, at, stride, ahead, rest)

@@ -154,6 +154,12 @@ pub trait Vector<I: Isa>: Copy {
     unsafe fn store_first(self, to: *mut Self::Scalar, n: usize);
     /// The first `n < LANES` lanes of this, the others of `rest`.
     fn first(self, n: usize, rest: Self) -> Self;
+    /// This, whose upper half of lanes is zero. A tier that keeps halves apart says so, and what the upper one was made of is not
+    /// computed.
+    #[inline(always)]
+    fn lower(self) -> Self {
+        self
+    }
     /// A bit for each lane, the first one lowest: whether it is positive or a NaN.
     fn positive(self) -> u32;
     /// One in the lanes whose bits are set, zero elsewhere.

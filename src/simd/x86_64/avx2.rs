@@ -237,6 +237,11 @@ impl Vector<Avx2> for F32 {
         Self([blend(0), blend(1)])
     }
     #[inline(always)]
+    fn lower(self) -> Self {
+        // SAFETY: `self` proves AVX2.
+        Self([self.0[0], unsafe { _mm256_setzero_ps() }])
+    }
+    #[inline(always)]
     fn positive(self) -> u32 {
         // SAFETY: `self` proves AVX2.
         let bits = |i: usize| unsafe {
@@ -366,6 +371,11 @@ impl Vector<Avx2> for F64 {
         // SAFETY: `self` proves AVX2.
         let blend = |i: usize| unsafe { _mm256_blendv_pd(rest.0[i], self.0[i], _mm256_castsi256_pd(masks[i])) };
         Self([blend(0), blend(1)])
+    }
+    #[inline(always)]
+    fn lower(self) -> Self {
+        // SAFETY: `self` proves AVX2.
+        Self([self.0[0], unsafe { _mm256_setzero_pd() }])
     }
     #[inline(always)]
     fn positive(self) -> u32 {
