@@ -253,6 +253,7 @@ where
         (1, Shape::nchw(4, 22, 96, 96)),
         (2, Shape::nchw(35, 70, 17, 9)),
         (2, Shape::nchw(5, 150, 29, 37)),
+        (2, Shape::nchw(9, 150, 17, 17)),
         (1, Shape::ncl(1, 70, 9001)),
     ] {
         for stores in [Stores::Cached, Stores::Streaming] {

@@ -44,7 +44,7 @@ const AHEAD_IN_IMAGE: usize = 512;
 const AHEAD_BATCH: usize = 4 << 20;
 /// The shortest plane that is written beside the sums of others, in bytes, by a thread that keeps up with memory anyway, see
 /// [`Context::keeps_up`], and by others.
-const BESIDE_PLANE: [usize; 2] = [6 << 10, 2 << 10];
+const BESIDE_PLANE: [usize; 2] = [2 << 10, 512];
 /// Bytes that are asked for ahead in a batch that is mapped, where the next one is not: it may wait in a third-level cache.
 const AHEAD_MAPPED: usize = 1 << 10;
 /// Bytes of a tensor from which on hardly any of it is found in a cache: of the only one that a reduction reads, of each of several.
@@ -306,7 +306,8 @@ impl<'v> Context<'v> {
         let (wide, narrow, room) = self.parts::<E, S, K>(scratch);
         match self.geometry {
             Geometry::Planar(planar) if self.fuses::<E>(planar) => {
-                let (batch, beside) = (self.batch::<E, R, S>(planar), self.writes_beside::<E, R, S>(planar));
+                let beside = self.writes_beside::<E, R, S>(planar);
+                let batch = self.batch::<E, R, S>(planar, beside);
                 // The next batch is asked for while this one is written, which leaves the read side of memory idle.
                 let waits = channel_bytes::<E, R, S>(planar) * batch <= AHEAD_BATCH;
                 let mapped = AHEAD_MAPPED / size_of::<E>();
@@ -437,19 +438,19 @@ impl<'v> Context<'v> {
         values: Values<'r, S>,
         beside: bool,
     ) -> Reduce<'r, E, R, S> {
-        let (batch, from_memory) = (self.batch::<E, R, S>(planar), self.large);
+        let (batch, from_memory) = (self.batch::<E, R, S>(planar, beside), self.large);
         let ahead = if beside { AHEAD_IN_IMAGE / size_of::<E>() } else { self.ahead::<E, R, S>(planar, batch) };
         let (blocks, base, element) = (0..planar.blocks(), 0, PhantomData);
         Reduce { planar, channels, blocks, base, reduction, batch, ahead, from_memory, values, element }
     }
 
     /// Channels that are reduced before the first of them is mapped.
-    fn batch<E: Element, R: Reduction<E, S>, const S: usize>(&self, planar: Planar) -> usize {
+    fn batch<E: Element, R: Reduction<E, S>, const S: usize>(&self, planar: Planar, beside: bool) -> usize {
         let each = channel_bytes::<E, R, S>(planar);
         if !self.large {
             return (BATCH_BYTES / each).clamp(1, BATCH);
         }
-        let bytes = if self.keeps_up(planar) { UNASKED_BATCH_BYTES } else { BATCH_BYTES };
+        let bytes = if self.keeps_up(planar) && !beside { UNASKED_BATCH_BYTES } else { BATCH_BYTES };
         let row = BATCH_ROW.div_ceil(planar.plane * size_of::<E>()).min(AHEAD_BATCH / each);
         (bytes / each).max(row).clamp(1, BATCH)
     }

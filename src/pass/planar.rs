@@ -272,7 +272,7 @@ fn add_beside<I: Isa, E, R, M, const S: usize, const K: usize>(
                 reduction.add_beside(isa, block, read, ahead, || written.write::<false>());
             }
         }
-        write.go_on(groups * Groups::<I, M, K>::LEN);
+        write.go_on(isa, groups * Groups::<I, M, K>::LEN);
         rest = rest.after(groups * lanes);
     }
     if rest.len > 0 {
@@ -325,24 +325,37 @@ impl<'a, M: Map<K>, const K: usize> Write<'_, 'a, M, K> {
         let planes = Planes { end: end.min(at + n), ahead: 0, ..self.planes };
         // SAFETY: the promise of who made this.
         unsafe { over_planes(isa, self.map, planes, self.params, self.target) };
-        self.go_on(planes.end - at);
+        self.go_on(isa, planes.end - at);
     }
 
     /// Goes on by `n` elements.
     #[inline(always)]
-    fn go_on(&mut self, n: usize) {
+    fn go_on<I: Isa>(&mut self, isa: I, n: usize) {
         self.planes.go_on(n, self.params.len());
         if self.planes.at == self.planes.end {
-            self.next();
+            self.next(isa);
         }
     }
 
     /// Goes on to the next image.
     #[inline(always)]
-    fn next(&mut self) {
+    fn next<I: Isa>(&mut self, isa: I) {
         self.images -= 1;
         self.first = self.first.shifted(self.pitch);
         self.planes = self.first;
+        self.ask_for_ends(isa);
+    }
+
+    /// Asks for the lines that the next image begins and ends with. They are stored in part, through the caches, and all that is
+    /// stored past them would wait.
+    #[inline(always)]
+    fn ask_for_ends<I: Isa>(&self, isa: I) {
+        if self.target.streaming && self.images > 1 {
+            let Planes { at, end, .. } = self.first.shifted(self.pitch);
+            let to = self.target.to.as_ptr();
+            isa.prefetch(to.wrapping_add(at).cast());
+            isa.prefetch(to.wrapping_add(end.wrapping_sub(1)).cast());
+        }
     }
 }
 
@@ -353,7 +366,7 @@ impl<M: Map<K>, const K: usize> Kernel for Write<'_, '_, M, K> {
         while self.images > 0 {
             // SAFETY: the promise of who made this.
             unsafe { over_planes(isa, self.map, self.planes, self.params, self.target) };
-            self.next();
+            self.next(isa);
         }
     }
 }
