@@ -23,7 +23,7 @@ const JOIN_BELOW: usize = 128;
 const TILE: usize = 4 * MAX_LANES;
 /// Bytes of one tensor below which waking threads costs more than they bring, and those worth one more.
 #[cfg(feature = "rayon")]
-const WAKE: usize = 1 << 20;
+const WAKE: usize = 1 << 19;
 #[cfg(feature = "rayon")]
 const GRAIN: usize = 256 << 10;
 
