@@ -223,6 +223,9 @@ impl<I: Isa, V: Vector<I>, const K: usize> RunSums<I, V, K> {
                     (a.lower(), b.lower())
                 } else if ACROSS && band.rows == GROUP && left < V::LANES {
                     group::<I, T, K, false>(isa, terms, &params, (at, left), stride, ahead)
+                } else if !ACROSS && left < V::LANES {
+                    // A tree with nothing but zeros beside it.
+                    terms.at::<false>(isa, &params, at, left)
                 } else {
                     partial::<I, T, K>(isa, terms, &params, at, stride, ahead, rest)
                 }
