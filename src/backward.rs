@@ -8,7 +8,7 @@ use crate::element::{Element, Real};
 use crate::forward::{Statistics, lines};
 use crate::grid::{Band, Runs};
 use crate::kernel::gradient::{self, Gate, Gated, Pair, Passed, Upstream};
-use crate::kernel::sums::{Columns, RowBlock, RunSums};
+use crate::kernel::sums::{Beside, Columns, RowBlock, RunSums};
 use crate::moments::{MergeWeights, Saved, centre};
 use crate::pass::{BATCH, Each, Reduction};
 use crate::simd::Isa;
@@ -206,7 +206,7 @@ impl<E: Element, U: Upstream<E>, const K: usize> Reduction<E, 2> for GradientSum
         block: &mut gradient::Block<I, E, K>,
         groups: (Band, usize),
         ahead: usize,
-        beside: impl FnMut(),
+        beside: impl Beside,
     ) {
         // SAFETY: the caller's promise.
         unsafe { block.add_beside(isa, &self.pair, groups, ahead, beside) }

@@ -5,7 +5,7 @@ use core::ops::Range;
 use crate::affine::Affine;
 use crate::element::{Element, Real};
 use crate::grid::{Band, Runs};
-use crate::kernel::sums::{Columns, RowBlock, RunSums};
+use crate::kernel::sums::{Beside, Columns, RowBlock, RunSums};
 use crate::kernel::{moments, normalize};
 use crate::moments::{MergeWeights, Saved, centre, reach};
 use crate::pass::{BATCH, Each, Reduction};
@@ -160,7 +160,7 @@ impl<E: Element> Reduction<E, 3> for MomentsOf<'_, E> {
         block: &mut moments::Block<I, E>,
         groups: (Band, usize),
         ahead: usize,
-        beside: impl FnMut(),
+        beside: impl Beside,
     ) {
         // SAFETY: the caller's promise.
         unsafe { moments::add_beside(isa, self.0.as_ptr(), block, groups, ahead, beside) }

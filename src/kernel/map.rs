@@ -3,7 +3,7 @@
 //! The values do not depend on where a vector begins, so vectors in the middle begin where stores are aligned, and
 //! the first and the last one overlap them.
 
-use super::sums::GROUP;
+use super::sums::{Beside, GROUP};
 use crate::simd::{Compute, Isa, Lanes, MAX_LANES, Storage, Vector, splats};
 use crate::tensor::Disjoint;
 use crate::view::Packs;
@@ -323,7 +323,7 @@ unsafe fn write_planes<I: Isa, M: Map<K>, const K: usize, const STREAM: bool, co
 }
 
 /// Whole vectors of one plane, written by the group.
-pub(crate) struct Groups<'a, I: Isa, M: Map<K>, const K: usize> {
+pub(crate) struct Groups<'a, I: Isa, M: Map<K>, const K: usize, const STREAM: bool> {
     isa: I,
     map: M,
     target: Target<'a, M::Element>,
@@ -331,10 +331,7 @@ pub(crate) struct Groups<'a, I: Isa, M: Map<K>, const K: usize> {
     at: usize,
 }
 
-impl<'a, I: Isa, M: Map<K>, const K: usize> Groups<'a, I, M, K> {
-    /// Elements of a group.
-    pub(crate) const LEN: usize = GROUP * Compute::<I, M::Element>::LANES;
-
+impl<'a, I: Isa, M: Map<K>, const K: usize, const STREAM: bool> Groups<'a, I, M, K, STREAM> {
     /// Those from element `at`, with the parameters of their channel.
     #[inline(always)]
     pub(crate) fn new(
@@ -346,13 +343,12 @@ impl<'a, I: Isa, M: Map<K>, const K: usize> Groups<'a, I, M, K> {
     ) -> Self {
         Self { isa, map, target, params: splats::<I, Compute<I, M::Element>, K>(isa, params), at }
     }
+}
 
-    /// Writes the next one.
-    ///
-    /// # Safety
-    /// As [`over_planes`], for its elements, which begin where a stored vector is aligned if `STREAM`.
+impl<I: Isa, M: Map<K>, const K: usize, const STREAM: bool> Beside for Groups<'_, I, M, K, STREAM> {
+    /// Writes the next one. Safe as [`over_planes`] is, for elements that begin where a stored vector is aligned if `STREAM`.
     #[inline(always)]
-    pub(crate) unsafe fn write<const STREAM: bool>(&mut self) {
+    unsafe fn step(&mut self) {
         let lanes = Compute::<I, M::Element>::LANES;
         for _ in 0..GROUP {
             // SAFETY: the caller's promise.

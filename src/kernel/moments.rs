@@ -6,7 +6,7 @@
 
 use core::marker::PhantomData;
 
-use super::sums::{self, Columns, RowBlock, RunSums, Terms};
+use super::sums::{self, Beside, Columns, RowBlock, RunSums, Terms};
 use crate::element::{Element, Real};
 use crate::grid::{Band, Runs};
 use crate::moments::two_sum;
@@ -204,7 +204,7 @@ pub(crate) unsafe fn add_beside<I: Isa, E: Element>(
     block: &mut Block<I, E>,
     groups: (Band, usize),
     ahead: usize,
-    beside: impl FnMut(),
+    beside: impl Beside,
 ) {
     // SAFETY: the caller's promise.
     unsafe { block.add_beside(isa, &deviations(x), groups, ahead, beside) }

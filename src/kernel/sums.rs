@@ -43,6 +43,21 @@ pub(crate) trait Terms<I: Isa, const K: usize> {
     fn prefetch(&self, isa: I, at: usize);
 }
 
+/// What is done beside sums, step by step. Not a closure, which a compiler may leave apart from the kernel and its tier.
+pub(crate) trait Beside {
+    /// The next step.
+    ///
+    /// # Safety
+    /// As many are left.
+    unsafe fn step(&mut self);
+}
+
+/// Nothing.
+impl Beside for () {
+    #[inline(always)]
+    unsafe fn step(&mut self) {}
+}
+
 type Scalar<I, T, const K: usize> = <<T as Terms<I, K>>::Vector as Vector<I>>::Scalar;
 
 #[inline(always)]
@@ -155,17 +170,17 @@ impl<I: Isa, V: Vector<I>, const K: usize> RunSums<I, V, K> {
         // SAFETY: the caller's promise.
         unsafe {
             if band.across {
-                self.add_as::<T, true, false>(isa, terms, band, ahead, || ());
+                self.add_as::<T, true, false>(isa, terms, band, ahead, ());
             } else {
-                self.add_as::<T, false, false>(isa, terms, band, ahead, || ());
+                self.add_as::<T, false, false>(isa, terms, band, ahead, ());
             }
         }
     }
 
-    /// Adds so many whole groups from the start of a band of [`GROUP`] runs, and calls `beside` after each.
+    /// Adds so many whole groups from the start of a band of [`GROUP`] runs, and takes a step `beside` after each.
     ///
     /// # Safety
-    /// As [`RunSums::add`].
+    /// As [`RunSums::add`], and as [`Beside::step`] for each group.
     #[inline(always)]
     pub(crate) unsafe fn add_beside<T: Terms<I, K, Vector = V>>(
         &mut self,
@@ -173,7 +188,7 @@ impl<I: Isa, V: Vector<I>, const K: usize> RunSums<I, V, K> {
         terms: &T,
         (band, groups): (Band, usize),
         ahead: usize,
-        beside: impl FnMut(),
+        beside: impl Beside,
     ) {
         let band = Band { len: groups * V::LANES, ..band };
         // SAFETY: the caller's promise.
@@ -188,7 +203,7 @@ impl<I: Isa, V: Vector<I>, const K: usize> RunSums<I, V, K> {
         terms: &T,
         band: Band,
         ahead: usize,
-        mut beside: impl FnMut(),
+        mut beside: impl Beside,
     ) {
         let params = splats::<I, V, K>(isa, &self.params);
         // From one vector of a group to the next, and from one group to the next.
@@ -205,7 +220,8 @@ impl<I: Isa, V: Vector<I>, const K: usize> RunSums<I, V, K> {
             // SAFETY: the elements asked for lie inside the band.
             let (a, b) = unsafe { group::<I, T, K, true>(isa, terms, &params, at, stride, ahead) };
             self.push(isa, (&mut narrow, &mut groups), a, b);
-            beside();
+            // SAFETY: the caller's promise.
+            unsafe { beside.step() };
         }
         let rests = if WHOLE { whole..whole } else { whole..band.len };
         for i in rests.step_by(step) {

@@ -12,7 +12,7 @@ use crate::element::{Element, Real};
 use crate::forward::copy;
 use crate::grid::{Band, Geometry, Planar, Rows, Runs, for_each_piece, pieces};
 use crate::kernel::map::{Map, Target};
-use crate::kernel::sums::{Columns, RowBlock};
+use crate::kernel::sums::{Beside, Columns, RowBlock};
 use crate::moments::MergeWeights;
 use crate::scratch::{Need, Scratch};
 use crate::simd::{Dispatched, Isa, Kernel, MAX_LANES, Storage, Tier, dispatch};
@@ -94,7 +94,7 @@ pub(crate) trait Reduction<E: Element, const S: usize>: Packs<E> + Sync {
         block: &mut Self::Block<I>,
         groups: (Band, usize),
         ahead: usize,
-        beside: impl FnMut(),
+        beside: impl Beside,
     );
 
     /// The values of the blocks that [`Reduction::begin`] started, whose runs were all added. Value `k` of the `i`-th is `[k][i]`.

@@ -64,20 +64,17 @@ impl<'r, 'a, I: Isa, E: Element, R: Reduction<E, S>, const S: usize> Batch<'r, '
         channel..(channel + self.reduce.batch).min(self.reduce.channels.end)
     }
 
-    /// Reads the channels. All bands are added by `add`.
+    /// Begins a block of each channel, whose bands are added next. Then comes [`Action::End`].
     #[inline(always)]
-    fn read(&mut self, isa: I, mut add: impl FnMut(&mut Self, Band)) {
-        self.totals.count = 0;
-        for block in self.reduce.blocks.clone() {
-            self.block = block;
-            // Else compilers make it again for each group of vectors, division and all.
-            self.runs = core::hint::black_box(self.reduce.planar.block(self.read.start, block));
-            isa.call(Step { batch: self, action: Action::Begin });
-            for band in self.runs.bands() {
-                add(self, band);
-            }
-            isa.call(Step { batch: self, action: Action::End });
+    fn start(&mut self, isa: I, block: usize) -> impl Iterator<Item = Band> + use<I, E, R, S> {
+        if block == self.reduce.blocks.start {
+            self.totals.count = 0;
         }
+        self.block = block;
+        // Else compilers make it again for each group of vectors, division and all.
+        self.runs = core::hint::black_box(self.reduce.planar.block(self.read.start, block));
+        isa.call(Step { batch: self, action: Action::Begin });
+        self.runs.bands()
     }
 
     /// Adds a band of the first channel, and those of others of the batch.
@@ -159,7 +156,13 @@ impl<I: Isa, E: Element, R: Reduction<E, S>, const S: usize> Part<I> for Alone<'
     type Output = ();
     #[inline(always)]
     fn run(self, isa: I) {
-        self.0.read(isa, |batch, band| batch.add(isa, band, 0..batch.read.len()));
+        let Self(batch) = self;
+        for block in batch.reduce.blocks.clone() {
+            for band in batch.start(isa, block) {
+                batch.add(isa, band, 0..batch.read.len());
+            }
+            isa.call(Step { batch, action: Action::End });
+        }
     }
 }
 
@@ -214,9 +217,15 @@ impl<E: Element, R: Reduction<E, S>, M: Map<K, Element = E>, const S: usize, con
             let (pitch, params) = (reduce.planar.pitch().wrapping_neg(), &params[..read.len()]);
             let mut write = Write { map, planes: first, first, images, pitch, params, target };
             if beside && !is_last {
-                batch.read(isa, |batch, band| {
-                    (0..batch.read.len()).for_each(|i| add_beside(isa, batch, (band, i), &mut write));
-                });
+                // No closures here: a compiler may leave them apart from the kernel, without its tier.
+                for block in reduce.blocks.clone() {
+                    for band in batch.start(isa, block) {
+                        for i in 0..batch.read.len() {
+                            add_beside(isa, &mut batch, (band, i), &mut write);
+                        }
+                    }
+                    isa.call(Step { batch: &mut batch, action: Action::End });
+                }
             }
             isa.call(write);
             if is_last {
@@ -263,16 +272,15 @@ fn add_beside<I: Isa, E, R, M, const S: usize, const K: usize>(
             continue;
         }
         let (block, read) = (&mut batch.blocks[i], (rest.shifted(by), groups));
-        let mut written = write.inside(isa);
         // SAFETY: the runs come from the grid, and so many groups of vectors can be written.
         unsafe {
             if write.target.streaming {
-                reduction.add_beside(isa, block, read, ahead, || written.write::<true>());
+                reduction.add_beside(isa, block, read, ahead, write.inside::<I, true>(isa));
             } else {
-                reduction.add_beside(isa, block, read, ahead, || written.write::<false>());
+                reduction.add_beside(isa, block, read, ahead, write.inside::<I, false>(isa));
             }
         }
-        write.go_on(isa, groups * Groups::<I, M, K>::LEN);
+        write.go_on(isa, groups * GROUP * lanes);
         rest = rest.after(groups * lanes);
     }
     if rest.len > 0 {
@@ -306,11 +314,11 @@ impl<'a, M: Map<K>, const K: usize> Write<'_, 'a, M, K> {
     /// Groups of vectors that can be written before the next edge of a plane.
     #[inline(always)]
     fn groups<I: Isa>(&self) -> usize {
-        if self.head::<I>() > 0 { 0 } else { self.planes.inside() / Groups::<I, M, K>::LEN }
+        if self.head::<I>() > 0 { 0 } else { self.planes.inside() / (GROUP * Compute::<I, M::Element>::LANES) }
     }
 
     #[inline(always)]
-    fn inside<I: Isa>(&self, isa: I) -> Groups<'a, I, M, K> {
+    fn inside<I: Isa, const STREAM: bool>(&self, isa: I) -> Groups<'a, I, M, K, STREAM> {
         Groups::new(isa, self.map, self.target, &self.params[self.planes.channel], self.planes.at)
     }
 
