@@ -4,7 +4,7 @@
 set -euo pipefail
 
 for file; do
-    symbols=$(nm -C "$file" 2>/dev/null)
+    symbols=$(nm -C "$file" 2>/dev/null) || { echo "$file: not to be read"; exit 1; }
     grep -q 'batchnorm::' <<<"$symbols" || { echo "$file: no symbols"; exit 1; }
     if apart=$(grep -oE 'core_arch::x86::(avx|f16c|fma)[a-z0-9]*::\w+' <<<"$symbols" | sort -u); then
         printf '%s: not inlined into their kernels:\n%s\n' "$file" "$apart"
