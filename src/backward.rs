@@ -194,9 +194,17 @@ impl<E: Element, U: Upstream<E>, const K: usize> Reduction<E, 2> for GradientSum
     }
 
     #[inline(always)]
-    unsafe fn add<I: Isa>(&self, isa: I, block: &mut gradient::Block<I, E, K>, band: Band, ahead: usize) {
-        // SAFETY: the caller's promise.
-        unsafe { block.add(isa, &self.pair, band, ahead) }
+    unsafe fn add<I: Isa>(
+        &self,
+        isa: I,
+        blocks: &mut [gradient::Block<I, E, K>],
+        (band, plane): (Band, usize),
+        ahead: usize,
+    ) {
+        for (i, block) in blocks.iter_mut().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe { block.add(isa, &self.pair, band.shifted(i * plane), ahead) };
+        }
     }
 
     #[inline(always)]
@@ -213,7 +221,12 @@ impl<E: Element, U: Upstream<E>, const K: usize> Reduction<E, 2> for GradientSum
     }
 
     #[inline(always)]
-    unsafe fn end<I: Isa>(&self, _: I, blocks: &[gradient::Block<I, E, K>], first: (Runs, usize)) -> [Each<f64>; 2] {
+    unsafe fn end<I: Isa>(
+        &self,
+        _: I,
+        blocks: &mut [gradient::Block<I, E, K>],
+        first: (Runs, usize),
+    ) -> [Each<f64>; 2] {
         // SAFETY: the caller's promise.
         unsafe { gradient::end::<I, E, U, K>(self.pair, blocks, first) }
     }

@@ -5,7 +5,7 @@ use core::ops::Range;
 use crate::affine::Affine;
 use crate::element::{Element, Real};
 use crate::grid::{Band, Runs};
-use crate::kernel::sums::{Beside, Columns, RowBlock, RunSums};
+use crate::kernel::sums::{Beside, Columns, RowBlock};
 use crate::kernel::{moments, normalize};
 use crate::moments::{MergeWeights, Saved, centre, reach};
 use crate::pass::{BATCH, Each, Reduction};
@@ -123,7 +123,7 @@ impl<E: Element> Reduction<E, 3> for MomentsOf<'_, E> {
 
     #[inline(always)]
     fn blank<I: Isa>(&self, isa: I) -> moments::Block<I, E> {
-        RunSums::new(isa, [E::Param::default(); 1])
+        moments::Block::blank(isa)
     }
 
     #[inline(always)]
@@ -136,7 +136,7 @@ impl<E: Element> Reduction<E, 3> for MomentsOf<'_, E> {
     ) {
         for (i, block) in blocks.iter_mut().enumerate() {
             // SAFETY: the caller's promise; an empty tensor has no blocks.
-            *block = unsafe { moments::begin(isa, self.0.as_ptr(), first.shifted(i * plane)) };
+            unsafe { block.begin(isa, self.0.as_ptr(), first.shifted(i * plane)) };
         }
     }
 
@@ -148,9 +148,9 @@ impl<E: Element> Reduction<E, 3> for MomentsOf<'_, E> {
     }
 
     #[inline(always)]
-    unsafe fn add<I: Isa>(&self, isa: I, block: &mut moments::Block<I, E>, band: Band, ahead: usize) {
+    unsafe fn add<I: Isa>(&self, isa: I, blocks: &mut [moments::Block<I, E>], first: (Band, usize), ahead: usize) {
         // SAFETY: the caller's promise.
-        unsafe { moments::add(isa, self.0.as_ptr(), block, band, ahead) }
+        unsafe { moments::add(isa, self.0.as_ptr(), blocks, first, ahead) }
     }
 
     #[inline(always)]
@@ -167,7 +167,7 @@ impl<E: Element> Reduction<E, 3> for MomentsOf<'_, E> {
     }
 
     #[inline(always)]
-    unsafe fn end<I: Isa>(&self, isa: I, blocks: &[moments::Block<I, E>], first: (Runs, usize)) -> [Each<f64>; 3] {
+    unsafe fn end<I: Isa>(&self, isa: I, blocks: &mut [moments::Block<I, E>], first: (Runs, usize)) -> [Each<f64>; 3] {
         // SAFETY: the caller's promise; an empty tensor has no blocks.
         unsafe { moments::end(isa, self.0.as_ptr(), blocks, first) }
     }

@@ -2,7 +2,8 @@
 //!
 //! `mean = shift + s/n` and `m2 = q - s*s/n` (Chan, Golub & LeVeque, "Algorithms for computing the sample
 //! variance", 1983, the shifted form). The block, still in cache, is summed again where the sums show that squares
-//! underflowed (enlarged by a power of two), overflowed or were taken around a bad shift (in f64).
+//! underflowed (enlarged by a power of two), overflowed or were taken around a bad shift (in f64). Where squares are likely to
+//! underflow, deviations are enlarged at once; the results are the same.
 
 use core::marker::PhantomData;
 
@@ -36,9 +37,9 @@ fn deviations<E: Element>(x: *const E) -> Deviations<Native<E>, E, true> {
     Deviations { x, scale: E::Param::from_f64(1.0), load: PhantomData }
 }
 
-/// Both for values whose squares may underflow, enlarged by [`Real::ENLARGED`].
-fn enlarged<E: Element>(x: *const E) -> Deviations<Native<E>, E, false> {
-    Deviations { x, scale: E::Param::from_f64(E::Param::ENLARGED), load: PhantomData }
+/// Both scaled: for values whose squares may underflow by [`Real::ENLARGED`].
+fn scaled<E: Element>(x: *const E, scale: f64) -> Deviations<Native<E>, E, false> {
+    Deviations { x, scale: E::Param::from_f64(scale), load: PhantomData }
 }
 
 /// `x - shift` and its square in f64.
@@ -98,6 +99,13 @@ impl Shifted {
     #[inline(always)]
     fn is_tiny<R: Real>(&self) -> bool {
         self.q < self.n * R::TINY_SQUARE
+    }
+
+    /// Where these are of enlarged deviations, whether [`Shifted::is_tiny`] would surely be true of plain ones: those squares would
+    /// be the same but for roundings and 2^-149 each.
+    #[inline(always)]
+    fn was_tiny<R: Real>(&self) -> bool {
+        self.q < self.n * (0.5 * R::TINY_SQUARE * R::ENLARGED * R::ENLARGED)
     }
 
     /// The sums of deviations, where these are of enlarged ones, if they can be trusted.
@@ -171,26 +179,80 @@ pub(crate) fn foresee<I: Isa, E: Element>(isa: I, x: *const E, runs: Runs) {
 }
 
 /// The moments of one block of a channel, as far as it was seen.
-pub(crate) type Block<I, E> = RunSums<I, Compute<I, E>, 1>;
-
-/// Starts a block.
-///
-/// # Safety
-/// The runs lie inside the tensor at `x` and are not empty.
-#[inline(always)]
-pub(crate) unsafe fn begin<I: Isa, E: Element>(isa: I, x: *const E, runs: Runs) -> Block<I, E> {
-    // SAFETY: the caller's promise.
-    RunSums::new(isa, [unsafe { shift_of_runs(isa, x, runs) }])
+#[derive(Clone, Copy)]
+pub(crate) struct Block<I: Isa, E: Element> {
+    sums: RunSums<I, Compute<I, E>, 1>,
+    /// Whether deviations are enlarged, since those of the block before had to be or the shift is tiny. Tiny squares take several
+    /// times as long, and then all is summed again.
+    enlarged: bool,
 }
 
-/// Adds a band, see [`RunSums::add`].
+impl<I: Isa, E: Element> Block<I, E> {
+    /// One that was not started.
+    #[inline(always)]
+    pub(crate) fn blank(isa: I) -> Self {
+        Self { sums: RunSums::new(isa, Default::default()), enlarged: false }
+    }
+
+    /// Starts the next block.
+    ///
+    /// # Safety
+    /// The runs lie inside the tensor at `x` and are not empty.
+    #[inline(always)]
+    pub(crate) unsafe fn begin(&mut self, isa: I, x: *const E, runs: Runs) {
+        // SAFETY: the caller's promise.
+        let shift = unsafe { shift_of_runs(isa, x, runs) };
+        self.sums = RunSums::new(isa, [shift]);
+        let square = shift.to_f64() * shift.to_f64();
+        self.enlarged |= (square > 0.0) & (square < E::Param::TINY_SQUARE);
+    }
+}
+
+/// Adds a band to the block of the first of some neighbouring channels, and those each `plane` further on to others, see
+/// [`RunSums::add`].
 ///
 /// # Safety
-/// The band lies inside the tensor at `x`.
+/// The bands lie inside the tensor at `x`.
 #[inline(always)]
-pub(crate) unsafe fn add<I: Isa, E: Element>(isa: I, x: *const E, block: &mut Block<I, E>, band: Band, ahead: usize) {
-    // SAFETY: the caller's promise.
-    unsafe { block.add(isa, &deviations(x), band, ahead) }
+pub(crate) unsafe fn add<I: Isa, E: Element>(
+    isa: I,
+    x: *const E,
+    blocks: &mut [Block<I, E>],
+    (band, plane): (Band, usize),
+    ahead: usize,
+) {
+    let mut enlarged = false;
+    for block in &*blocks {
+        enlarged |= block.enlarged;
+    }
+    if enlarged {
+        return isa.call(Scaled { x, blocks, first: (band, plane), ahead });
+    }
+    for (i, block) in blocks.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe { block.sums.add(isa, &deviations(x), band.shifted(i * plane), ahead) };
+    }
+}
+
+/// [`add`] where deviations are enlarged, or not. Rare, so compiled once, apart from what uses it.
+struct Scaled<'b, I: Isa, E: Element> {
+    x: *const E,
+    blocks: &'b mut [Block<I, E>],
+    first: (Band, usize),
+    ahead: usize,
+}
+
+impl<I: Isa, E: Element> Part<I> for Scaled<'_, I, E> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, isa: I) {
+        let Self { x, blocks, first: (band, plane), ahead } = self;
+        for (i, block) in blocks.iter_mut().enumerate() {
+            let scale = if block.enlarged { E::Param::ENLARGED } else { 1.0 };
+            // SAFETY: the promise of who made this.
+            unsafe { block.sums.add(isa, &scaled(x, scale), band.shifted(i * plane), ahead) };
+        }
+    }
 }
 
 /// Adds groups of a band, see [`RunSums::add_beside`].
@@ -202,12 +264,21 @@ pub(crate) unsafe fn add_beside<I: Isa, E: Element>(
     isa: I,
     x: *const E,
     block: &mut Block<I, E>,
-    groups: (Band, usize),
+    (band, groups): (Band, usize),
     ahead: usize,
-    beside: impl Beside,
+    mut beside: impl Beside,
 ) {
-    // SAFETY: the caller's promise.
-    unsafe { block.add_beside(isa, &deviations(x), groups, ahead, beside) }
+    // SAFETY: the caller's promise, for all.
+    unsafe {
+        if !block.enlarged {
+            return block.sums.add_beside(isa, &deviations(x), (band, groups), ahead, beside);
+        }
+        let first = (Band { len: groups * Compute::<I, E>::LANES, ..band }, 0);
+        isa.call(Scaled { x, blocks: core::slice::from_mut(block), first, ahead });
+        for _ in 0..groups {
+            beside.step();
+        }
+    }
 }
 
 /// `[mean, residue, m2]` of the blocks of neighbouring channels whose runs were all added: those of the first one, and each `plane`
@@ -219,55 +290,79 @@ pub(crate) unsafe fn add_beside<I: Isa, E: Element>(
 pub(crate) unsafe fn end<I: Isa, E: Element>(
     isa: I,
     x: *const E,
-    blocks: &[Block<I, E>],
+    blocks: &mut [Block<I, E>],
     (runs, plane): (Runs, usize),
 ) -> [Each<f64>; 3] {
     let n = runs.size() as f64;
     let mut sums = [[0.0; BATCH]; 3];
+    let mut sound = true;
     for (i, block) in blocks.iter().enumerate() {
-        let (s, q) = block.total();
-        [sums[0][i], sums[1][i], sums[2][i]] = [block.params[0].to_f64(), s, q];
+        let (s, q) = block.sums.total();
+        [sums[0][i], sums[1][i], sums[2][i]] = [block.sums.params[0].to_f64(), s, q];
+        sound &= !block.enlarged;
     }
     let shifted = |i: usize| Shifted { shift: sums[0][i], n, s: sums[1][i], q: sums[2][i] };
     let [mut mean, mut residue, mut m2] = [[0.0; BATCH]; 3];
-    let mut sound = true;
     // No branches, so that channels are judged several at a time.
     for (i, mean) in mean[..blocks.len()].iter_mut().enumerate() {
         [*mean, residue[i], m2[i]] = shifted(i).finish();
         sound &= shifted(i).is_sound::<E::Param>();
     }
     if !sound {
-        for (i, block) in blocks.iter().enumerate().filter(|&(i, _)| !shifted(i).is_sound::<E::Param>()) {
-            let (shift, runs) = (block.params[0], runs.shifted(i * plane));
-            [mean[i], residue[i], m2[i]] = isa.call(Again { x, shift, shifted: shifted(i), runs });
+        for (i, block) in blocks.iter_mut().enumerate() {
+            if block.enlarged || !shifted(i).is_sound::<E::Param>() {
+                let runs = runs.shifted(i * plane);
+                let again = Again { x, block: *block, shifted: shifted(i), runs };
+                ([mean[i], residue[i], m2[i]], block.enlarged) = isa.call(again);
+            }
         }
     }
     [mean, residue, m2]
 }
 
-/// `[mean, residue, m2]` of a block, summed again: enlarged if its squares are tiny, else in f64. The runs lie inside the tensor at
-/// `x`. Rare, so compiled once, apart from what uses it.
-struct Again<E: Element> {
+/// `[mean, residue, m2]` of a block, summed again where it must be: enlarged if its squares are tiny, plain if they were enlarged and
+/// are not, else in f64; and whether enlarged sums did. The runs lie inside the tensor at `x`. Rare, so compiled once, apart from what
+/// uses it.
+struct Again<I: Isa, E: Element> {
     x: *const E,
-    shift: E::Param,
+    block: Block<I, E>,
     shifted: Shifted,
     runs: Runs,
 }
 
-impl<I: Isa, E: Element> Part<I> for Again<E> {
-    type Output = [f64; 3];
+impl<I: Isa, E: Element> Part<I> for Again<I, E> {
+    type Output = ([f64; 3], bool);
     #[inline(always)]
-    fn run(self, isa: I) -> [f64; 3] {
-        let Self { x, shift, shifted, runs } = self;
-        if shifted.is_tiny::<E::Param>() {
-            // SAFETY: the promise of who made this.
-            let (s, q) = unsafe { sums::over_runs(isa, &enlarged(x), [shift], runs) };
-            if let Some(shrunk) = (Shifted { s, q, ..shifted }).shrunk::<E::Param>() {
-                return shrunk.finish();
+    fn run(mut self, isa: I) -> Self::Output {
+        if self.block.enlarged && !self.shifted.was_tiny::<E::Param>() {
+            self.sum(isa, false);
+            if self.shifted.is_sound::<E::Param>() {
+                return (self.shifted.finish(), false);
             }
         }
-        // SAFETY: as above.
-        unsafe { in_f64(isa, x, shifted, runs) }
+        if !self.block.enlarged && self.shifted.is_tiny::<E::Param>() {
+            self.sum(isa, true);
+        }
+        if self.block.enlarged
+            && let Some(shrunk) = self.shifted.shrunk::<E::Param>()
+        {
+            return (shrunk.finish(), true);
+        }
+        // SAFETY: the promise of who made this.
+        (unsafe { in_f64(isa, self.x, self.shifted, self.runs) }, false)
+    }
+}
+
+impl<I: Isa, E: Element> Again<I, E> {
+    /// Sums all again, `enlarged` or not.
+    #[inline(always)]
+    fn sum(&mut self, isa: I, enlarged: bool) {
+        let Self { x, block, shifted, runs } = self;
+        *block = Block { sums: RunSums::new(isa, block.sums.params), enlarged };
+        for band in runs.bands() {
+            isa.call(Scaled { x: *x, blocks: core::slice::from_mut(block), first: (band, 0), ahead: 0 });
+        }
+        (shifted.s, shifted.q) = block.sums.total();
     }
 }
 
@@ -320,6 +415,22 @@ unsafe fn shifts_of_rows<I: Isa, E: Element>(isa: I, x: *const E, block: RowBloc
     }
 }
 
+/// The sums of enlarged deviations for each channel of a block of rows, see [`sums::over_rows`]. Rare, so compiled apart.
+struct EnlargedRows<'b, 'a, E: Element> {
+    x: *const E,
+    block: RowBlock,
+    columns: &'b mut Columns<'a, E::Param>,
+}
+
+impl<I: Isa, E: Element> Part<I> for EnlargedRows<'_, '_, E> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, isa: I) {
+        // SAFETY: the promise of who made this.
+        unsafe { sums::over_rows(isa, &scaled(self.x, E::Param::ENLARGED), self.block, self.columns) };
+    }
+}
+
 /// The first `n` elements from `x`, up to [`TILE`], in f64, and zeros.
 ///
 /// # Safety
@@ -367,16 +478,34 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element>(
             *shift = value(0, first + c);
         }
     }
+    let (mut tiny, mut nonzero) = (true, false);
+    for shift in &columns.params[..width] {
+        let square = shift.to_f64() * shift.to_f64();
+        (tiny, nonzero) = (tiny & (square < E::Param::TINY_SQUARE), nonzero | (square > 0.0));
+    }
+    columns.enlarged |= tiny & nonzero;
     for c in channels..block.period {
         columns.params[c] = columns.params[c - channels];
     }
-    // SAFETY: the caller's promise.
-    unsafe { sums::over_rows(isa, &deviations(x), block, columns) };
     let [mean, residue, m2] = out.map(|out| &mut out[..width]);
     let shifted = |columns: &Columns<'_, E::Param>, c: usize| {
         let [s, q] = columns.wide.each_ref().map(|wide| wide[c]);
         Shifted { shift: columns.params[c].to_f64(), n, s, q }
     };
+    if columns.enlarged {
+        isa.call(EnlargedRows { x, block, columns });
+        for c in 0..width {
+            let shifted = shifted(columns, c);
+            let shrunk = if shifted.was_tiny::<E::Param>() { shifted.shrunk::<E::Param>() } else { None };
+            columns.enlarged &= shrunk.is_some();
+            [mean[c], residue[c], m2[c]] = shrunk.unwrap_or(shifted).finish();
+        }
+        if columns.enlarged {
+            return;
+        }
+    }
+    // SAFETY: the caller's promise.
+    unsafe { sums::over_rows(isa, &deviations(x), block, columns) };
     let (mut sound, mut tiny) = (true, false);
     for c in 0..width {
         let shifted = shifted(columns, c);
@@ -389,14 +518,17 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element>(
         return;
     }
     if tiny {
-        // SAFETY: the caller's promise.
-        unsafe { sums::over_rows(isa, &enlarged(x), block, columns) };
+        isa.call(EnlargedRows { x, block, columns });
+        columns.enlarged = true;
         for c in 0..width {
+            let mut shrunk = None;
             if m2[c] == TINY {
                 m2[c] = AGAIN;
-                if let Some(shrunk) = shifted(columns, c).shrunk::<E::Param>() {
-                    [mean[c], residue[c], m2[c]] = shrunk.finish();
-                }
+                shrunk = shifted(columns, c).shrunk::<E::Param>();
+            }
+            match shrunk {
+                Some(shrunk) => [mean[c], residue[c], m2[c]] = shrunk.finish(),
+                None => columns.enlarged = false,
             }
         }
     }

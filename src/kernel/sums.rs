@@ -312,6 +312,8 @@ pub(crate) struct Columns<'a, R> {
     pub(crate) narrow: [&'a mut [R]; 2],
     /// The sums of both terms.
     pub(crate) wide: [&'a mut [f64]; 2],
+    /// Whether the deviations of all channels of the block before, or of this one, are so small that they are enlarged.
+    pub(crate) enlarged: bool,
 }
 
 /// The sums of both terms for each channel of the block, left in `columns.wide`; parameter `k` of the `i`-th column is at

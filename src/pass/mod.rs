@@ -78,11 +78,12 @@ pub(crate) trait Reduction<E: Element, const S: usize>: Packs<E> + Sync {
     #[inline(always)]
     fn foresee<I: Isa>(&self, _: I, _: usize, _: (Runs, usize)) {}
 
-    /// Adds a band of the block, or what follows its first whole groups. The elements `ahead` of it are prefetched, none for 0.
+    /// Adds a band to the block of the first channel, or what follows its first whole groups, and to each other what lies so many
+    /// elements further on. The elements `ahead` of it are prefetched, none for 0.
     ///
     /// # Safety
-    /// The band lies inside the tensors.
-    unsafe fn add<I: Isa>(&self, isa: I, block: &mut Self::Block<I>, band: Band, ahead: usize);
+    /// The bands lie inside the tensors.
+    unsafe fn add<I: Isa>(&self, isa: I, blocks: &mut [Self::Block<I>], first: (Band, usize), ahead: usize);
 
     /// Adds whole groups of a band, see [`RunSums::add_beside`](crate::kernel::sums::RunSums::add_beside).
     ///
@@ -101,7 +102,7 @@ pub(crate) trait Reduction<E: Element, const S: usize>: Packs<E> + Sync {
     ///
     /// # Safety
     /// As [`Reduction::begin`], for all.
-    unsafe fn end<I: Isa>(&self, isa: I, blocks: &[Self::Block<I>], first: (Runs, usize)) -> [Each<f64>; S];
+    unsafe fn end<I: Isa>(&self, isa: I, blocks: &mut [Self::Block<I>], first: (Runs, usize)) -> [Each<f64>; S];
 
     /// The values of the channels of one block of rows; of channel `block.columns.0 + i` in `out[k][i]`.
     ///
@@ -581,7 +582,7 @@ impl<'v> Context<'v> {
             let (wide_a, wide_b) = wide.split_at_mut(width);
             let (params, narrow) = narrow.split_at_mut(TERM_PARAMS * width);
             let (narrow_a, narrow_b) = narrow.split_at_mut(width);
-            let mut columns = Columns { params, narrow: [narrow_a, narrow_b], wide: [wide_a, wide_b] };
+            let mut columns = Columns { params, narrow: [narrow_a, narrow_b], wide: [wide_a, wide_b], enlarged: false };
             for item in items {
                 let (b, tile) = (item / tiles, rows.tile(item % tiles, tiles));
                 // SAFETY: no other piece has this tile of the block.

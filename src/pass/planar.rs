@@ -98,7 +98,7 @@ impl<'r, 'a, I: Isa, E: Element, R: Reduction<E, S>, const S: usize> Batch<'r, '
 
     #[inline(always)]
     fn end(&mut self, isa: I) {
-        let (reduce, blocks) = (self.reduce, &self.blocks[..self.read.len()]);
+        let (reduce, blocks) = (self.reduce, &mut self.blocks[..self.read.len()]);
         // SAFETY: the runs come from the grid.
         let values = unsafe { reduce.reduction.end(isa, blocks, (self.runs, reduce.planar.plane)) };
         match reduce.values {
@@ -138,11 +138,10 @@ impl<I: Isa, E: Element, R: Reduction<E, S>, const S: usize> Part<I> for Step<'_
         match action {
             Action::Begin => batch.begin(isa),
             Action::Add(band, channels) => {
-                let Reduce { planar, reduction, ahead, .. } = *batch.reduce;
-                for (block, i) in batch.blocks[channels.clone()].iter_mut().zip(channels) {
-                    // SAFETY: the runs come from the grid.
-                    unsafe { reduction.add(isa, block, band.shifted(i * planar.plane), ahead) };
-                }
+                let Reduce { planar: Planar { plane, .. }, reduction, ahead, .. } = *batch.reduce;
+                let first = (band.shifted(channels.start * plane), plane);
+                // SAFETY: the runs come from the grid.
+                unsafe { reduction.add(isa, &mut batch.blocks[channels], first, ahead) };
             }
             Action::End => batch.end(isa),
         }

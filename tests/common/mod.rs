@@ -83,10 +83,13 @@ pub enum Data {
     Tiny,
     /// Infinities and NaNs at some places.
     Special,
+    /// Stretches of all magnitudes, of zeros, and of values whose squares are just about to lose bits, so that one block does not tell
+    /// what the next one is like.
+    Changing,
 }
 
 impl Data {
-    pub const ALL: [Data; 8] = [
+    pub const ALL: [Data; 9] = [
         Data::Normal,
         Data::Offset,
         Data::Constant,
@@ -95,6 +98,7 @@ impl Data {
         Data::Largest,
         Data::Tiny,
         Data::Special,
+        Data::Changing,
     ];
 
     pub fn fill<E: Element>(self, len: usize, seed: u64) -> Vec<E> {
@@ -102,7 +106,14 @@ impl Data {
         let mut normal = move || (0..12).map(|_| rng.random::<f64>()).sum::<f64>() - 6.0;
         let mut rng = ChaCha8Rng::seed_from_u64(!seed);
         let level = rng.random_range(-100.0..100.0);
+        let (mut stretch, mut scale) = (0, 0.0);
         let value = |_| {
+            if stretch == 0 {
+                let longest = 2 << rng.random_range(0..18);
+                stretch = rng.random_range(1..longest);
+                scale = [1.0, 0.0, 1e-17, 8e-16, 1e-39, 1e5, 1e22][rng.random_range(0..7)];
+            }
+            stretch -= 1;
             let v = match self {
                 Data::Normal => normal(),
                 Data::Offset => 1000.0 + normal(),
@@ -116,6 +127,7 @@ impl Data {
                     [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -0.0][(rng.next_u32() % 4) as usize]
                 }
                 Data::Special => normal(),
+                Data::Changing => scale * normal(),
             };
             E::from_param(E::Param::from_f64(v))
         };
