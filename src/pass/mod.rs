@@ -172,6 +172,7 @@ impl<'v> Context<'v> {
     fn writes_beside<E: Element, R: Reduction<E, S>, const S: usize>(&self, planar: Planar) -> bool {
         let plane = planar.plane * size_of::<E>();
         match self.keeps_up(planar) {
+            _ if !planar::may_write_beside::<E>() => false,
             true => R::TENSORS == 1 && plane >= BESIDE_PLANE[0],
             false => planar.block(0, 0).together() > 1 && plane >= BESIDE_PLANE[1],
         }

@@ -215,7 +215,7 @@ impl<E: Element, R: Reduction<E, S>, M: Map<K, Element = E>, const S: usize, con
                 Planes { plane, at, channel: 0, plane_end: at + plane, end, ahead: ahead[usize::from(is_last)] };
             let (pitch, params) = (reduce.planar.pitch().wrapping_neg(), &params[..read.len()]);
             let mut write = Write { map, planes: first, first, images, pitch, params, target };
-            if beside && !is_last {
+            if may_write_beside::<E>() && beside && !is_last {
                 // No closures here: a compiler may leave them apart from the kernel, without its tier.
                 for block in reduce.blocks.clone() {
                     for band in batch.start(isa, block) {
@@ -235,6 +235,12 @@ impl<E: Element, R: Reduction<E, S>, M: Map<K, Element = E>, const S: usize, con
             }
         }
     }
+}
+
+/// Whether elements of the type may be written beside sums: halves wait for their arithmetic, not for memory, so that nothing is won
+/// and loops with fewer registers are lost. A constant, so that it is not compiled in vain.
+pub(super) const fn may_write_beside<E>() -> bool {
+    size_of::<E>() >= size_of::<f32>()
 }
 
 /// The coefficients of the channels of a batch. Not inlined, so that it is compiled once for many kernels.
