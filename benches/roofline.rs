@@ -197,7 +197,7 @@ fn groups<K: Ord>(lines: &[Line], key: impl Fn(&Line) -> K) -> Vec<Vec<&Line>> {
 
 /// The geometric mean of the ratios.
 fn mean(lines: &[&Line]) -> f64 {
-    (lines.iter().map(|l| l.ratio.ln()).sum::<f64>() / lines.len() as f64).exp()
+    stream::geometric_mean(lines.iter().map(|l| l.ratio))
 }
 
 /// The geometric mean and the worst ratio of each pass, group of layouts, type and number of threads.

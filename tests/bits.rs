@@ -256,7 +256,9 @@ where
         (2, Shape::nchw(9, 150, 17, 17)),
         (1, Shape::ncl(1, 70, 9001)),
     ] {
-        for (stores, data) in [(Stores::Cached, Data::Normal), (Stores::Streaming, Data::Changing)] {
+        let kinds =
+            [(Stores::Cached, Data::Normal), (Stores::Streaming, Data::Normal), (Stores::Streaming, Data::Changing)];
+        for (stores, data) in kinds {
             let shape = shape.clone().unwrap();
             check::<E>(&Case { shape, data, seed: 7, offset: 3, threads, gamma: true, beta: true, stores });
         }

@@ -23,6 +23,12 @@ pub fn median(mut times: Vec<f64>) -> f64 {
     times[times.len() / 2]
 }
 
+/// The geometric mean of some ratios.
+pub fn geometric_mean(ratios: impl ExactSizeIterator<Item = f64>) -> f64 {
+    let n = ratios.len() as f64;
+    (ratios.map(f64::ln).sum::<f64>() / n).exp()
+}
+
 /// A pool whose threads keep to a core each: two on one core would halve the speed of what is measured by chance.
 pub fn pool(threads: usize) -> Result<rayon::ThreadPool, rayon::ThreadPoolBuildError> {
     let cores = core_affinity::get_core_ids().unwrap_or_default();

@@ -108,12 +108,6 @@ impl Data {
         let level = rng.random_range(-100.0..100.0);
         let (mut stretch, mut scale) = (0, 0.0);
         let value = |_| {
-            if stretch == 0 {
-                let longest = 2 << rng.random_range(0..18);
-                stretch = rng.random_range(1..longest);
-                scale = [1.0, 0.0, 1e-17, 8e-16, 1e-39, 1e5, 1e22][rng.random_range(0..7)];
-            }
-            stretch -= 1;
             let v = match self {
                 Data::Normal => normal(),
                 Data::Offset => 1000.0 + normal(),
@@ -127,7 +121,15 @@ impl Data {
                     [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -0.0][(rng.next_u32() % 4) as usize]
                 }
                 Data::Special => normal(),
-                Data::Changing => scale * normal(),
+                Data::Changing => {
+                    if stretch == 0 {
+                        let longest = 2 << rng.random_range(0..18);
+                        stretch = rng.random_range(1..longest);
+                        scale = [1.0, 0.0, 1e-17, 8e-16, 1e-39, 1e5, 1e22][rng.random_range(0..7)];
+                    }
+                    stretch -= 1;
+                    scale * normal()
+                }
             };
             E::from_param(E::Param::from_f64(v))
         };
