@@ -130,13 +130,13 @@ impl<E: Element> Reduction<E, 3> for MomentsOf<'_, E> {
     unsafe fn begin<I: Isa>(
         &self,
         isa: I,
-        _: Range<usize>,
+        channels: Range<usize>,
         (first, plane): (Runs, usize),
         blocks: &mut [moments::Block<I, E>],
     ) {
         for (i, block) in blocks.iter_mut().enumerate() {
             // SAFETY: the caller's promise; an empty tensor has no blocks.
-            unsafe { block.begin(isa, self.0.as_ptr(), first.shifted(i * plane)) };
+            unsafe { block.begin(isa, self.0.as_ptr(), channels.start + i, first.shifted(i * plane)) };
         }
     }
 

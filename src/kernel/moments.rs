@@ -182,6 +182,8 @@ pub(crate) fn foresee<I: Isa, E: Element>(isa: I, x: *const E, runs: Runs) {
 #[derive(Clone, Copy)]
 pub(crate) struct Block<I: Isa, E: Element> {
     sums: RunSums<I, Compute<I, E>, 1>,
+    /// The channel, of which the block before tells something.
+    channel: usize,
     /// Whether deviations are enlarged, since those of the block before had to be or the shift is tiny. Tiny squares take several
     /// times as long, and then all is summed again.
     enlarged: bool,
@@ -191,20 +193,21 @@ impl<I: Isa, E: Element> Block<I, E> {
     /// One that was not started.
     #[inline(always)]
     pub(crate) fn blank(isa: I) -> Self {
-        Self { sums: RunSums::new(isa, Default::default()), enlarged: false }
+        Self { sums: RunSums::new(isa, Default::default()), channel: 0, enlarged: false }
     }
 
-    /// Starts the next block.
+    /// Starts the next block, of the same channel or another.
     ///
     /// # Safety
     /// The runs lie inside the tensor at `x` and are not empty.
     #[inline(always)]
-    pub(crate) unsafe fn begin(&mut self, isa: I, x: *const E, runs: Runs) {
+    pub(crate) unsafe fn begin(&mut self, isa: I, x: *const E, channel: usize, runs: Runs) {
         // SAFETY: the caller's promise.
         let shift = unsafe { shift_of_runs(isa, x, runs) };
-        self.sums = RunSums::new(isa, [shift]);
         let square = shift.to_f64() * shift.to_f64();
-        self.enlarged |= (square > 0.0) & (square < E::Param::TINY_SQUARE);
+        let tiny = (square > 0.0) & (square < E::Param::TINY_SQUARE);
+        let enlarged = tiny | (self.enlarged & (self.channel == channel));
+        *self = Self { sums: RunSums::new(isa, [shift]), channel, enlarged };
     }
 }
 
@@ -358,7 +361,7 @@ impl<I: Isa, E: Element> Again<I, E> {
     #[inline(always)]
     fn sum(&mut self, isa: I, enlarged: bool) {
         let Self { x, block, shifted, runs } = self;
-        *block = Block { sums: RunSums::new(isa, block.sums.params), enlarged };
+        *block = Block { sums: RunSums::new(isa, block.sums.params), enlarged, ..*block };
         for band in runs.bands() {
             isa.call(Scaled { x: *x, blocks: core::slice::from_mut(block), first: (band, 0), ahead: 0 });
         }
