@@ -232,6 +232,7 @@ impl<'a, E: Element> Operation<'a, E> {
                         context.apply(from.passed(false), &|channels| from.lines(channels), to, scratch);
                     }
                     match from.gated() {
+                        _ if from.saved.frozen => frozen(from, dx, &out, context, scratch),
                         None => backward::<_, _, 2, 6>(from, from.dy, dx, &out, context, scratch),
                         Some(gated) if let Some(gated) = gated.by_argument() => {
                             backward::<_, _, 4, 7>(from, gated, dx, &out, context, scratch)
@@ -285,37 +286,44 @@ unsafe fn backward<E: Element, U: Upstream<E>, const S: usize, const K: usize>(
     context: Context<'_>,
     scratch: &mut Scratch<E::Param>,
 ) {
-    let pair = Pair { x: from.x, upstream };
-    let sums = from.sums::<_, S>(from.x, upstream);
-    let complete = |channels: Range<usize>, values: &_| {
-        let sums = from.complete(channels.clone(), values);
-        // SAFETY: each channel is closed once.
-        unsafe { out.keep(channels, &sums) };
-        sums
+    let Some(dx) = dx else {
+        if out.is_wanted() {
+            // SAFETY: the caller's promise.
+            unsafe { gradient_sums::<_, _, S>(from, upstream, out, context, scratch) };
+        }
+        return;
     };
+    let close =
+        |channels, values: &_| dispatch(context.tier, Differentiated::<_, K> { from: &from, out, channels, values });
+    let (sums, pair) = (from.sums::<_, S>(from.x, upstream), Pair { x: from.x, upstream });
+    // SAFETY: the caller's promise.
+    unsafe { context.run::<_, _, _, 2, K>(&sums, &close, pair, dx, scratch) };
+}
+
+/// [`backward`] with the statistics as constants. Rare, so compiled once for all gates and none.
+///
+/// # Safety
+/// As [`Operation::run`].
+unsafe fn frozen<E: Element>(
+    from: Upstreams<'_, E>,
+    dx: Option<Target<'_, E>>,
+    out: &AffineGradientsTo<'_, E::Param>,
+    context: Context<'_>,
+    scratch: &mut Scratch<E::Param>,
+) {
+    let passed = from.passed(true);
     // SAFETY: the caller's promise.
     unsafe {
         match dx {
-            Some(dx) if !from.saved.frozen => {
-                let close = |channels, values: &_| {
-                    dispatch(context.tier, Differentiated::<_, K> { from: &from, out, channels, values })
-                };
-                context.run::<_, _, _, 2, K>(&sums, &close, pair, dx, scratch);
-            }
             Some(dx) if out.is_wanted() => {
                 let close = |channels: Range<usize>, values: &_| {
-                    complete(channels.clone(), values);
+                    out.keep(channels.clone(), &from.complete(channels.clone(), values));
                     from.lines(channels)
                 };
-                context.run(&sums, &close, from.passed(true), dx, scratch);
+                context.run(&from.sums::<_, 4>(from.x, passed.upstream), &close, passed, dx, scratch);
             }
-            Some(dx) => context.apply(from.passed(true), &|channels| from.lines(channels), dx, scratch),
-            None if out.is_wanted() => {
-                let close = |channels: Range<usize>, values: &_| {
-                    complete(channels, values);
-                };
-                context.reduce(&sums, &close, scratch);
-            }
+            Some(dx) => context.apply(passed, &|channels| from.lines(channels), dx, scratch),
+            None if out.is_wanted() => gradient_sums::<_, _, 4>(from, passed.upstream, out, context, scratch),
             None => (),
         }
     }
@@ -328,7 +336,7 @@ unsafe fn backward<E: Element, U: Upstream<E>, const S: usize, const K: usize>(
 unsafe fn gradient_sums<E: Element, U: Upstream<E>, const S: usize>(
     from: Upstreams<'_, E>,
     upstream: U,
-    out: &SumsTo<'_>,
+    out: &impl Keep<2, Kept = ()>,
     context: Context<'_>,
     scratch: &mut Scratch<E::Param>,
 ) {

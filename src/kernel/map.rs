@@ -4,7 +4,7 @@
 //! the first and the last one overlap them.
 
 use super::sums::{Beside, GROUP};
-use crate::simd::{Compute, Isa, Lanes, MAX_LANES, Storage, Vector, splats};
+use crate::simd::{Compute, Isa, Kernel, Lanes, MAX_LANES, Storage, Vector, splats};
 use crate::tensor::Disjoint;
 use crate::view::Packs;
 
@@ -13,10 +13,10 @@ const CROWDED: usize = 16 << 10;
 /// The fewest bytes of a row that are worth going to before the next row.
 const STRIP: usize = 4 << 10;
 
-/// Bytes that rows are asked for ahead in a cache.
+/// Bytes that are asked for ahead in a cache.
 const AHEAD: usize = 2 << 10;
-/// The same from memory, of rows and of planes.
-pub(crate) const AHEAD_STREAMED: usize = 8 << 10;
+/// The same from memory.
+const AHEAD_STREAMED: usize = 8 << 10;
 
 /// A value per element, made of `K` parameters of the channel.
 pub(crate) trait Map<const K: usize>: Packs<Self::Element> + Sync {
@@ -93,6 +93,12 @@ impl<'a, E: Storage> Target<'a, E> {
     /// With no bits.
     pub(crate) fn new(to: Disjoint<'a, E>, streaming: bool) -> Self {
         Self { to, streaming, first_bit: None }
+    }
+
+    /// How many elements ahead of what is written others are asked for.
+    #[inline(always)]
+    pub(crate) fn ahead(&self) -> usize {
+        if self.streaming { AHEAD_STREAMED / size_of::<E>() } else { AHEAD / size_of::<E>() }
     }
 
     /// With a bit for each element, if `first_bit` is that of the first.
@@ -184,7 +190,7 @@ pub(crate) struct Planes {
     pub(crate) plane_end: usize,
     /// The end of what is to be written.
     pub(crate) end: usize,
-    /// How far from what is written elements are prefetched to be read; 0 for none.
+    /// How far from what is written elements are prefetched to be read.
     pub(crate) ahead: usize,
 }
 
@@ -222,30 +228,6 @@ fn following(channel: usize, channels: usize) -> usize {
 /// Of each channel; after the last one comes the first again.
 type Params<'p, M, const K: usize> = &'p [[<<M as Map<K>>::Element as Storage>::Compute; K]];
 
-/// Writes the elements of planes, one channel after another. Stores are whole vectors, aligned, but for the first and the last.
-///
-/// # Safety
-/// The elements lie inside the tensors that `map` was made for and the one of `target`, and nothing else accesses those of it
-/// meanwhile.
-#[inline(always)]
-pub(crate) unsafe fn over_planes<I: Isa, M: Map<K>, const K: usize>(
-    isa: I,
-    map: M,
-    planes: Planes,
-    params: Params<'_, M, K>,
-    target: Target<'_, M::Element>,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match (target.streaming, planes.ahead != 0) {
-            (true, true) => write_planes::<I, M, K, true, true>(isa, map, planes, params, target),
-            (true, false) => write_planes::<I, M, K, true, false>(isa, map, planes, params, target),
-            (false, true) => write_planes::<I, M, K, false, true>(isa, map, planes, params, target),
-            (false, false) => write_planes::<I, M, K, false, false>(isa, map, planes, params, target),
-        }
-    }
-}
-
 /// Where a walk through planes is: the parameters of the plane that it is in, and where that ends.
 struct Walk<'p, I: Isa, M: Map<K>, const K: usize> {
     plane: usize,
@@ -280,8 +262,30 @@ impl<I: Isa, M: Map<K>, const K: usize> Walk<'_, I, M, K> {
     }
 }
 
+/// Writes the elements of planes, one channel after another. Stores are whole vectors, aligned, but for the first and the last.
+///
+/// # Safety
+/// The elements lie inside the tensors that `map` was made for and the one of `target`, and nothing else accesses those of it
+/// meanwhile.
 #[inline(always)]
-unsafe fn write_planes<I: Isa, M: Map<K>, const K: usize, const STREAM: bool, const ASK: bool>(
+pub(crate) unsafe fn over_planes<I: Isa, M: Map<K>, const K: usize>(
+    isa: I,
+    map: M,
+    planes: Planes,
+    params: Params<'_, M, K>,
+    target: Target<'_, M::Element>,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match I::STREAMS && target.streaming {
+            true => write_planes::<I, M, K, true>(isa, map, planes, params, target),
+            false => write_planes::<I, M, K, false>(isa, map, planes, params, target),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn write_planes<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
     isa: I,
     map: M,
     Planes { plane, mut at, channel, plane_end, end, ahead }: Planes,
@@ -310,9 +314,7 @@ unsafe fn write_planes<I: Isa, M: Map<K>, const K: usize, const STREAM: bool, co
             // Whole vectors of this plane.
             let to = walk.plane_end.min(end);
             while at + lanes <= to {
-                if ASK {
-                    map.prefetch(isa, at.wrapping_add(ahead));
-                }
+                map.prefetch(isa, at.wrapping_add(ahead));
                 let value = map.at::<I, true>(isa, &walk.vectors, at, lanes);
                 target.store::<I, STREAM>(isa, value, at);
                 at += lanes;
@@ -371,42 +373,23 @@ impl<I: Isa, M: Map<K>, const K: usize, const STREAM: bool> Beside for Groups<'_
 pub(crate) unsafe fn over_rows<I: Isa, M: Map<K>, const K: usize>(
     isa: I,
     map: M,
-    params: Periodic<'_, <M::Element as Storage>::Compute>,
-    at: (usize, usize),
-    target: Target<'_, M::Element>,
-) {
-    assert!(params.period >= MAX_LANES && params.lead + params.period + MAX_LANES <= params.padded);
-    assert!(params.params.len() >= K * params.padded);
-    // SAFETY: the caller's promise.
-    unsafe {
-        if target.streaming {
-            rows::<I, M, K, true>(isa, map, params, at, target);
-        } else {
-            rows::<I, M, K, false>(isa, map, params, at, target);
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn rows<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
-    isa: I,
-    map: M,
     mut params: Periodic<'_, <M::Element as Storage>::Compute>,
     (start, len): (usize, usize),
     target: Target<'_, M::Element>,
 ) {
+    assert!(params.period >= MAX_LANES && params.lead + params.period + MAX_LANES <= params.padded);
+    assert!(params.params.len() >= K * params.padded);
     let lanes = Compute::<I, M::Element>::LANES;
-    let period = params.period;
+    let (period, streams) = (params.period, I::STREAMS && target.streaming);
+    // Up to the first aligned vector, whole vectors, and what is left.
+    let head = target.unaligned(start, lanes).unwrap_or(0).min(len);
+    let mut i = head;
     // SAFETY: all elements lie inside the span, which is the caller's promise.
     unsafe {
-        let to = target.to.as_ptr().add(start);
-        let head = target.unaligned(start, lanes).unwrap_or(0).min(len);
         if head > 0 {
-            let value = map.at::<I, false>(isa, &params.get(isa), start, head);
-            M::Element::store_first(isa, value, to, head);
+            isa.call(Partial { map, params, at: start, n: head, target });
             params.pass(head);
         }
-        let mut i = head;
         // Rows of whole vectors with more parameters than a first-level cache keeps are written strip by strip.
         let fit = CROWDED / (K * size_of::<<M::Element as Storage>::Compute>());
         let strips = period.div_ceil(fit.max(STRIP / size_of::<M::Element>()));
@@ -414,39 +397,106 @@ unsafe fn rows<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
         if strips > 1 && period.is_multiple_of(lanes) {
             let strip = period.div_ceil(strips).next_multiple_of(MAX_LANES);
             for from in (0..period).step_by(strip) {
-                let first = params;
+                let (first, vectors) = (params, strip.min(period - from) / lanes);
                 for row in 0..rows {
                     params = first;
-                    for c in (from..(from + strip).min(period)).step_by(lanes) {
-                        let at = start + i + row * period + c;
-                        // Strips are too short for the CPU to foresee the next.
-                        map.prefetch(isa, at + 2 * period);
-                        let value = map.at::<I, true>(isa, &params.get(isa), at, lanes);
-                        target.store::<I, STREAM>(isa, value, at);
-                        params.pass(lanes);
+                    let at = start + i + row * period + from;
+                    if streams {
+                        strip_of_row::<I, M, K, true>(isa, map, &mut params, (at, vectors), target);
+                    } else {
+                        strip_of_row::<I, M, K, false>(isa, map, &mut params, (at, vectors), target);
                     }
                 }
             }
             i += rows * period;
         }
         while i + lanes <= len {
-            // To the end of the row, without a look at where it is.
-            let first = params;
-            let vectors = (period - first.column).div_ceil(lanes).min((len - i) / lanes);
-            for v in 0..vectors {
-                let at = start + i + v * lanes;
-                let ahead = if STREAM { AHEAD_STREAMED } else { AHEAD };
-                map.prefetch(isa, at + ahead / size_of::<M::Element>());
-                params.column = first.column + v * lanes;
-                let value = map.at::<I, true>(isa, &params.get(isa), at, lanes);
-                target.store::<I, STREAM>(isa, value, at);
+            let vectors = (period - params.column).div_ceil(lanes).min((len - i) / lanes);
+            if streams {
+                to_end_of_row::<I, M, K, true>(isa, map, &mut params, (start + i, vectors), target);
+            } else {
+                to_end_of_row::<I, M, K, false>(isa, map, &mut params, (start + i, vectors), target);
             }
-            params.pass(lanes);
             i += vectors * lanes;
         }
         if i < len {
-            let value = map.at::<I, false>(isa, &params.get(isa), start + i, len - i);
-            M::Element::store_first(isa, value, to.add(i), len - i);
+            isa.call(Partial { map, params, at: start + i, n: len - i, target });
+        }
+    }
+}
+
+/// Writes so many vectors from element `at`, which may go on with the first columns.
+///
+/// # Safety
+/// As [`over_rows`], for these, and [`Target::store`].
+#[inline(always)]
+unsafe fn strip_of_row<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
+    isa: I,
+    map: M,
+    params: &mut Periodic<'_, <M::Element as Storage>::Compute>,
+    (at, vectors): (usize, usize),
+    target: Target<'_, M::Element>,
+) {
+    let lanes = Compute::<I, M::Element>::LANES;
+    for at in (at..at + vectors * lanes).step_by(lanes) {
+        // Strips are too short for the CPU to foresee the next.
+        map.prefetch(isa, at + 2 * params.period);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let value = map.at::<I, true>(isa, &params.get(isa), at, lanes);
+            target.store::<I, STREAM>(isa, value, at);
+        }
+        params.pass(lanes);
+    }
+}
+
+/// The same up to the end of the row, without a look at where it is.
+///
+/// # Safety
+/// As [`strip_of_row`]; the last vector alone may go beyond the row.
+#[inline(always)]
+unsafe fn to_end_of_row<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
+    isa: I,
+    map: M,
+    params: &mut Periodic<'_, <M::Element as Storage>::Compute>,
+    (at, vectors): (usize, usize),
+    target: Target<'_, M::Element>,
+) {
+    let lanes = Compute::<I, M::Element>::LANES;
+    let ahead = if STREAM { AHEAD_STREAMED } else { AHEAD } / size_of::<M::Element>();
+    let first = *params;
+    for v in 0..vectors {
+        let at = at + v * lanes;
+        map.prefetch(isa, at + ahead);
+        params.column = first.column + v * lanes;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let value = map.at::<I, true>(isa, &params.get(isa), at, lanes);
+            target.store::<I, STREAM>(isa, value, at);
+        }
+    }
+    params.pass(lanes);
+}
+
+/// The first `n` elements of a vector from element `at`, which is all that is to be written there; safe as [`over_rows`]. There are two
+/// of a stretch at most, so that it is compiled apart.
+struct Partial<'a, M: Map<K>, const K: usize> {
+    map: M,
+    params: Periodic<'a, <M::Element as Storage>::Compute>,
+    at: usize,
+    n: usize,
+    target: Target<'a, M::Element>,
+}
+
+impl<M: Map<K>, const K: usize> Kernel for Partial<'_, M, K> {
+    type Output = ();
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let Self { map, params, at, n, target } = self;
+        // SAFETY: the promise of who made this.
+        unsafe {
+            let value = map.at::<I, false>(isa, &params.get(isa), at, n);
+            M::Element::store_first(isa, value, target.to.as_ptr().add(at), n);
         }
     }
 }

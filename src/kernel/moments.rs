@@ -52,6 +52,7 @@ where
     <L::Vector as Vector<I>>::Scalar: Real,
 {
     const TENSORS: usize = 1;
+    const COMMON: bool = PLAIN;
     type Vector = L::Vector;
 
     #[inline(always)]

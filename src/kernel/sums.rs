@@ -5,7 +5,7 @@
 //! and a sum of equal values hardly rounds at all. Missing vectors and lanes count as zero.
 
 use crate::grid::{BAND, Band, Runs};
-use crate::simd::{Isa, Lanes, MAX_LANES, Vector, splats};
+use crate::simd::{Isa, Lanes, MAX_LANES, Part, Vector, splats};
 
 /// Vectors that are added as a tree.
 pub(crate) const GROUP: usize = BAND;
@@ -24,6 +24,8 @@ const AHEAD_IN_ORDER: usize = 16 << 10;
 pub(crate) trait Terms<I: Isa, const K: usize> {
     /// Tensors that are read.
     const TENSORS: usize;
+    /// Whether they are summed often enough for loops of their own in each case.
+    const COMMON: bool = true;
     /// The vector that the terms are computed in.
     type Vector: Vector<I>;
 
@@ -63,29 +65,6 @@ type Scalar<I, T, const K: usize> = <<T as Terms<I, K>>::Vector as Vector<I>>::S
 #[inline(always)]
 pub(crate) fn tree<I: Isa, V: Vector<I>>(v: [V; GROUP]) -> V {
     v[0].add(v[1]).add(v[2].add(v[3]))
-}
-
-/// The terms of up to `n` elements from `at`, zero for none.
-#[inline(always)]
-unsafe fn some<I: Isa, T: Terms<I, K>, const K: usize>(
-    isa: I,
-    terms: &T,
-    params: &[T::Vector; K],
-    at: usize,
-    n: usize,
-) -> (T::Vector, T::Vector) {
-    let lanes = T::Vector::LANES;
-    // SAFETY: the caller's promise for n elements.
-    unsafe {
-        if n >= lanes {
-            terms.at::<true>(isa, params, at, lanes)
-        } else if n > 0 {
-            terms.at::<false>(isa, params, at, n)
-        } else {
-            let zero = T::Vector::splat(isa, Default::default());
-            (zero, zero)
-        }
-    }
 }
 
 /// The sums of both terms over a group of vectors, each `stride` after the one before: of whole ones if `FULL`, else of the
@@ -130,6 +109,7 @@ unsafe fn partial<I: Isa, T: Terms<I, K>, const K: usize>(
     ahead: usize,
     rest: impl Fn(usize) -> usize,
 ) -> (T::Vector, T::Vector) {
+    let lanes = T::Vector::LANES;
     let zero = T::Vector::splat(isa, Default::default());
     let (mut a, mut b) = ([zero; GROUP], [zero; GROUP]);
     for j in 0..GROUP {
@@ -138,7 +118,49 @@ unsafe fn partial<I: Isa, T: Terms<I, K>, const K: usize>(
             terms.prefetch(isa, at.wrapping_add(ahead));
         }
         // SAFETY: the caller's promise.
-        (a[j], b[j]) = unsafe { some(isa, terms, params, at, n) };
+        unsafe {
+            if n >= lanes {
+                (a[j], b[j]) = terms.at::<true>(isa, params, at, lanes);
+            } else if n > 0 {
+                (a[j], b[j]) = terms.at::<false>(isa, params, at, n);
+            }
+        }
+    }
+    (tree(a), tree(b))
+}
+
+/// The sums of both terms over the first `n` elements from `at`, of more than none and fewer than a group of vectors that follow each
+/// other.
+///
+/// # Safety
+/// These elements lie inside the tensors that `terms` was made for.
+#[inline(always)]
+unsafe fn rest<I: Isa, T: Terms<I, K>, const K: usize>(
+    isa: I,
+    terms: &T,
+    params: &[T::Vector; K],
+    (at, n): (usize, usize),
+) -> (T::Vector, T::Vector) {
+    let lanes = T::Vector::LANES;
+    let zero = T::Vector::splat(isa, Default::default());
+    let (mut a, mut b) = ([zero; GROUP], [zero; GROUP]);
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut last = (zero, zero);
+        if !n.is_multiple_of(lanes) {
+            last = terms.at::<false>(isa, params, at + n - n % lanes, n % lanes);
+        }
+        if n < lanes {
+            // A tree with nothing but zeros beside it.
+            return last;
+        }
+        for j in 0..GROUP {
+            if (j + 1) * lanes <= n {
+                (a[j], b[j]) = terms.at::<true>(isa, params, at + j * lanes, lanes);
+            } else if j * lanes <= n {
+                (a[j], b[j]) = last;
+            }
+        }
     }
     (tree(a), tree(b))
 }
@@ -169,10 +191,10 @@ impl<I: Isa, V: Vector<I>, const K: usize> RunSums<I, V, K> {
     pub(crate) unsafe fn add<T: Terms<I, K, Vector = V>>(&mut self, isa: I, terms: &T, band: Band, ahead: usize) {
         // SAFETY: the caller's promise.
         unsafe {
-            if band.across {
-                self.add_as::<T, true, false>(isa, terms, band, ahead, ());
-            } else {
-                self.add_as::<T, false, false>(isa, terms, band, ahead, ());
+            match band.across {
+                true if band.rows < GROUP => isa.call(Few { sums: self, terms, band, ahead }),
+                true => self.add_as::<T, true, false>(isa, terms, band, ahead, ()),
+                false => self.add_as::<T, false, false>(isa, terms, band, ahead, ()),
             }
         }
     }
@@ -195,7 +217,7 @@ impl<I: Isa, V: Vector<I>, const K: usize> RunSums<I, V, K> {
         unsafe { self.add_as::<T, true, true>(isa, terms, band, ahead, beside) };
     }
 
-    /// A band of `WHOLE` groups, or any.
+    /// One run, or a group of them `ACROSS`; of `WHOLE` groups of vectors, or any.
     #[inline(always)]
     unsafe fn add_as<T: Terms<I, K, Vector = V>, const ACROSS: bool, const WHOLE: bool>(
         &mut self,
@@ -208,11 +230,8 @@ impl<I: Isa, V: Vector<I>, const K: usize> RunSums<I, V, K> {
         let params = splats::<I, V, K>(isa, &self.params);
         // From one vector of a group to the next, and from one group to the next.
         let (stride, step) = if ACROSS { (band.stride, V::LANES) } else { (V::LANES, GROUP * V::LANES) };
-        let whole = match band.len {
-            len if WHOLE => len,
-            _ if ACROSS && band.rows < GROUP => 0,
-            len => len - len % step,
-        };
+        let left = if WHOLE { 0 } else { band.len % step };
+        let whole = band.len - left;
         // In registers, but for the sums in f64.
         let (mut narrow, mut groups) = (self.narrow, self.groups);
         for i in (0..whole).step_by(step) {
@@ -223,27 +242,17 @@ impl<I: Isa, V: Vector<I>, const K: usize> RunSums<I, V, K> {
             // SAFETY: the caller's promise.
             unsafe { beside.step() };
         }
-        let rests = if WHOLE { whole..whole } else { whole..band.len };
-        for i in rests.step_by(step) {
-            let (at, left) = (band.start + i, band.len - i);
-            let rest = |j: usize| match ACROSS {
-                true if j < band.rows => left,
-                true => 0,
-                false => left.saturating_sub(j * V::LANES),
-            };
+        if left > 0 {
+            let at = (band.start + whole, left);
             // SAFETY: the elements asked for lie inside the band.
             let (a, b) = unsafe {
-                // Without a look at each row.
-                if ACROSS && band.rows == GROUP && left <= V::LANES / 2 {
-                    let (a, b) = group::<I, T, K, false>(isa, terms, &params, (at, left), stride, ahead);
+                if !ACROSS {
+                    rest::<I, T, K>(isa, terms, &params, at)
+                } else if left <= V::LANES / 2 {
+                    let (a, b) = group::<I, T, K, false>(isa, terms, &params, at, stride, ahead);
                     (a.lower(), b.lower())
-                } else if ACROSS && band.rows == GROUP && left < V::LANES {
-                    group::<I, T, K, false>(isa, terms, &params, (at, left), stride, ahead)
-                } else if !ACROSS && left < V::LANES {
-                    // A tree with nothing but zeros beside it.
-                    terms.at::<false>(isa, &params, at, left)
                 } else {
-                    partial::<I, T, K>(isa, terms, &params, at, stride, ahead, rest)
+                    group::<I, T, K, false>(isa, terms, &params, at, stride, ahead)
                 }
             };
             self.push(isa, (&mut narrow, &mut groups), a, b);
@@ -267,6 +276,31 @@ impl<I: Isa, V: Vector<I>, const K: usize> RunSums<I, V, K> {
     pub(crate) fn total(&self) -> (f64, f64) {
         let [a, b] = self.narrow;
         (V::fold(a.widen_onto(self.wide[0])), V::fold(b.widen_onto(self.wide[1])))
+    }
+}
+
+/// Adds a band of fewer runs than a group has vectors. There is one in a block at most, so that it is compiled apart.
+struct Few<'s, 't, I: Isa, T: Terms<I, K>, const K: usize> {
+    sums: &'s mut RunSums<I, T::Vector, K>,
+    terms: &'t T,
+    band: Band,
+    ahead: usize,
+}
+
+impl<I: Isa, T: Terms<I, K>, const K: usize> Part<I> for Few<'_, '_, I, T, K> {
+    type Output = ();
+    #[inline(always)]
+    fn run(self, isa: I) {
+        let Self { sums, terms, band: Band { start, len, rows, stride, .. }, ahead } = self;
+        let params = splats::<I, T::Vector, K>(isa, &sums.params);
+        let (mut narrow, mut groups) = (sums.narrow, sums.groups);
+        for i in (0..len).step_by(T::Vector::LANES) {
+            let rest = |j: usize| if j < rows { len - i } else { 0 };
+            // SAFETY: the promise of who made this.
+            let (a, b) = unsafe { partial(isa, terms, &params, start + i, stride, ahead, rest) };
+            sums.push(isa, (&mut narrow, &mut groups), a, b);
+        }
+        (sums.narrow, sums.groups) = (narrow, groups);
     }
 }
 
@@ -333,12 +367,36 @@ pub(crate) unsafe fn over_rows<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vect
     // SAFETY: the caller's promise.
     unsafe {
         match row.min(FAR) * T::TENSORS {
-            ..2048 if !in_order && T::TENSORS == 1 => sweeps::<I, R, T, K, GROUPS>(isa, terms, block, columns, false),
-            ..8192 if !in_order => sweeps::<I, R, T, K, { GROUPS / 2 }>(isa, terms, block, columns, false),
+            ..2048 if T::COMMON && !in_order && T::TENSORS == 1 => {
+                sweeps::<I, R, T, K, GROUPS>(isa, terms, block, columns, false)
+            }
+            ..8192 if T::COMMON && !in_order => sweeps::<I, R, T, K, { GROUPS / 2 }>(isa, terms, block, columns, false),
             _ => sweeps::<I, R, T, K, { GROUPS / 4 }>(isa, terms, block, columns, in_order),
         }
     }
     columns.join(block);
+}
+
+/// [`group`] of the first `n` elements of each row, of which so many elements are left. At the ends of rows alone, so that it is
+/// compiled apart.
+struct Partial<'t, I: Isa, T: Terms<I, K>, const K: usize> {
+    terms: &'t T,
+    params: &'t [T::Vector; K],
+    at: usize,
+    stride: usize,
+    left: usize,
+    n: usize,
+}
+
+impl<I: Isa, T: Terms<I, K>, const K: usize> Part<I> for Partial<'_, I, T, K> {
+    type Output = (T::Vector, T::Vector);
+    #[inline(always)]
+    fn run(self, isa: I) -> Self::Output {
+        let Self { terms, params, at, stride, left, n } = self;
+        let rest = |j: usize| left.saturating_sub(j * stride).min(n);
+        // SAFETY: the promise of who made this.
+        unsafe { partial(isa, terms, params, at, stride, 0, rest) }
+    }
 }
 
 /// The sums of columns, `H` groups of rows at a time. What follows is asked for `in_order`, or as it will be read.
@@ -405,8 +463,8 @@ unsafe fn sweeps<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vector<I>>, const 
                 } else {
                     for group in (0..tall.min(block.len - from)).step_by(step) {
                         let left = (block.len - from - group).saturating_sub(first + c);
-                        let rest = |j: usize| (width - c).min(left.saturating_sub(j * block.period));
-                        let (ga, gb) = partial(isa, terms, &params, at + group, block.period, 0, rest);
+                        let (at, stride) = (at + group, block.period);
+                        let (ga, gb) = isa.call(Partial { terms, params: &params, at, stride, left, n: width - c });
                         (a, b) = (a.add(ga), b.add(gb));
                     }
                 }

@@ -171,7 +171,8 @@ impl<'v> Context<'v> {
     /// Whether a batch is written beside the sums of the next one.
     fn writes_beside<E: Element, R: Reduction<E, S>, const S: usize>(&self, planar: Planar) -> bool {
         let plane = planar.plane * size_of::<E>();
-        planar::may_write_beside::<E>()
+        self.tier.streams()
+            && planar::may_write_beside::<E>()
             && match self.keeps_up(planar) {
                 true => R::TENSORS == 1 && plane >= BESIDE_PLANE[0],
                 false => planar.block(0, 0).together() > 1 && plane >= BESIDE_PLANE[1],

@@ -6,7 +6,7 @@ use core::ops::Range;
 use super::{BATCH, Close, Each, Merged, Reduction, plain, transpose};
 use crate::element::{Element, Real};
 use crate::grid::{Band, Planar, Runs};
-use crate::kernel::map::{AHEAD_STREAMED, Groups, Map, Planes, Target, over_planes};
+use crate::kernel::map::{Groups, Map, Planes, Target, over_planes};
 use crate::kernel::sums::GROUP;
 use crate::simd::{Compute, Dispatched, Isa, Kernel, Part, Storage, Vector, dispatch};
 use crate::tensor::Disjoint;
@@ -199,6 +199,7 @@ impl<E: Element, R: Reduction<E, S>, M: Map<K, Element = E>, const S: usize, con
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
         let Self { ref reduce, close, map, target, beside, ahead } = self;
+        let beside = beside && I::STREAMS && may_write_beside::<E>();
         let Planar { planes: images, plane, .. } = reduce.planar;
         let mut params = [[E::Param::default(); K]; BATCH];
         let mut batch = Batch::new(isa, reduce);
@@ -214,8 +215,8 @@ impl<E: Element, R: Reduction<E, S>, M: Map<K, Element = E>, const S: usize, con
             let first =
                 Planes { plane, at, channel: 0, plane_end: at + plane, end, ahead: ahead[usize::from(is_last)] };
             let (pitch, params) = (reduce.planar.pitch().wrapping_neg(), &params[..read.len()]);
-            let mut write = Write { map, planes: first, first, images, pitch, params, target };
-            if may_write_beside::<E>() && beside && !is_last {
+            let mut write = Images { map, planes: first, first, images, pitch, params, target };
+            if beside && !is_last {
                 // No closures here: a compiler may leave them apart from the kernel, without its tier.
                 for block in reduce.blocks.clone() {
                     for band in batch.start(isa, block) {
@@ -226,7 +227,7 @@ impl<E: Element, R: Reduction<E, S>, M: Map<K, Element = E>, const S: usize, con
                     isa.call(Step { batch: &mut batch, action: Action::End });
                 }
             }
-            isa.call(write);
+            write.rest(isa);
             if is_last {
                 return;
             }
@@ -261,7 +262,7 @@ fn add_beside<I: Isa, E, R, M, const S: usize, const K: usize>(
     isa: I,
     batch: &mut Batch<'_, '_, I, E, R, S>,
     (band, i): (Band, usize),
-    write: &mut Write<'_, '_, M, K>,
+    write: &mut Images<'_, '_, M, K>,
 ) where
     E: Element,
     R: Reduction<E, S>,
@@ -273,7 +274,7 @@ fn add_beside<I: Isa, E, R, M, const S: usize, const K: usize>(
     while rest.rows == GROUP && rest.len >= lanes && write.images > 0 {
         let groups = (rest.len / lanes).min(write.groups::<I>());
         if groups == 0 {
-            isa.call(Edges(write));
+            write.edges(isa);
             continue;
         }
         let (block, read) = (&mut batch.blocks[i], (rest.shifted(by), groups));
@@ -293,10 +294,9 @@ fn add_beside<I: Isa, E, R, M, const S: usize, const K: usize>(
     }
 }
 
-/// The second half for planes that follow each other, and for as many of each further image, `pitch` from those of the one
+/// What is left to be written of planes that follow each other, and of as many of each further image, `pitch` from those of the one
 /// before.
-#[derive(Clone, Copy)]
-struct Write<'p, 'a, M: Map<K>, const K: usize> {
+struct Images<'p, 'a, M: Map<K>, const K: usize> {
     map: M,
     /// What is left of the image, and all of it.
     planes: Planes,
@@ -308,7 +308,7 @@ struct Write<'p, 'a, M: Map<K>, const K: usize> {
     target: Target<'a, M::Element>,
 }
 
-impl<'a, M: Map<K>, const K: usize> Write<'_, 'a, M, K> {
+impl<'a, M: Map<K>, const K: usize> Images<'_, 'a, M, K> {
     /// Elements before the first vector of the image that is aligned, if none was written.
     #[inline(always)]
     fn head<I: Isa>(&self) -> usize {
@@ -327,18 +327,29 @@ impl<'a, M: Map<K>, const K: usize> Write<'_, 'a, M, K> {
         Groups::new(isa, self.map, self.target, &self.params[self.planes.channel], self.planes.at)
     }
 
-    /// Writes up to the first aligned vector, or up to the one at the edge of a plane and that one.
+    /// Writes until groups of vectors can follow, or all is written: up to the first aligned vector, or up to the one at the edge of
+    /// a plane and that one.
     #[inline(always)]
-    fn edge<I: Isa>(&mut self, isa: I) {
-        let Planes { at, end, .. } = self.planes;
-        let n = match self.head::<I>() {
-            0 => (self.planes.inside() + 1).next_multiple_of(Compute::<I, M::Element>::LANES),
-            head => head,
-        };
-        let planes = Planes { end: end.min(at + n), ahead: 0, ..self.planes };
-        // SAFETY: the promise of who made this.
-        unsafe { over_planes(isa, self.map, planes, self.params, self.target) };
-        self.go_on(isa, planes.end - at);
+    fn edges<I: Isa>(&mut self, isa: I) {
+        while self.images > 0 && self.groups::<I>() == 0 {
+            let Planes { at, end, .. } = self.planes;
+            let n = match self.head::<I>() {
+                0 => (self.planes.inside() + 1).next_multiple_of(Compute::<I, M::Element>::LANES),
+                head => head,
+            };
+            let planes = Planes { end: end.min(at + n), ahead: 0, ..self.planes };
+            isa.call(Write { images: self, planes, only: true });
+            self.go_on(isa, planes.end - at);
+        }
+    }
+
+    /// Writes all that is left.
+    #[inline(always)]
+    fn rest<I: Isa>(&mut self, isa: I) {
+        if self.images > 0 {
+            let planes = self.planes;
+            isa.call(Write { images: self, planes, only: false });
+        }
     }
 
     /// Goes on by `n` elements.
@@ -372,27 +383,29 @@ impl<'a, M: Map<K>, const K: usize> Write<'_, 'a, M, K> {
     }
 }
 
-impl<M: Map<K>, const K: usize> Kernel for Write<'_, '_, M, K> {
-    type Output = ();
-    #[inline(always)]
-    fn run<I: Isa>(mut self, isa: I) {
-        while self.images > 0 {
-            // SAFETY: the promise of who made this.
-            unsafe { over_planes(isa, self.map, self.planes, self.params, self.target) };
-            self.next(isa);
-        }
-    }
+/// The second half for some planes of an image `only`, or for those of all that are left. Compiled once for all that is written.
+struct Write<'w, 'p, 'a, M: Map<K>, const K: usize> {
+    images: &'w mut Images<'p, 'a, M, K>,
+    planes: Planes,
+    only: bool,
 }
 
-/// Writes until groups of vectors can follow, or all is written.
-struct Edges<'w, 'p, 'a, M: Map<K>, const K: usize>(&'w mut Write<'p, 'a, M, K>);
-
-impl<M: Map<K>, const K: usize> Kernel for Edges<'_, '_, '_, M, K> {
+impl<M: Map<K>, const K: usize> Kernel for Write<'_, '_, '_, M, K> {
     type Output = ();
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        while self.0.images > 0 && self.0.groups::<I>() == 0 {
-            self.0.edge(isa);
+        let Self { images, mut planes, only } = self;
+        loop {
+            // SAFETY: the promise of who made this.
+            unsafe { over_planes(isa, images.map, planes, images.params, images.target) };
+            if only {
+                return;
+            }
+            images.next(isa);
+            if images.images == 0 {
+                return;
+            }
+            planes = images.planes;
         }
     }
 }
@@ -414,7 +427,7 @@ pub(super) unsafe fn map<M: Map<K>, const K: usize>(
     let Planar { plane, channels, .. } = planar;
     let (index, at, end) = (elements.start / plane, elements.start - origin, elements.end - origin);
     let (channel, plane_end) = (index % channels, (index + 1) * plane - origin);
-    let ahead = if target.streaming { AHEAD_STREAMED / size_of::<M::Element>() } else { 0 };
-    let planes = Planes { plane, at, channel, plane_end, end, ahead };
-    dispatch(tier, Write { map, planes, first: planes, images: 1, pitch: 0, params, target });
+    let planes = Planes { plane, at, channel, plane_end, end, ahead: target.ahead() };
+    let images = &mut Images { map, planes, first: planes, images: 1, pitch: 0, params, target };
+    dispatch(tier, Write { images, planes, only: true });
 }

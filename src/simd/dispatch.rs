@@ -88,6 +88,17 @@ impl Dispatched {
         found.ok_or(Error::TierUnavailable { tier })
     }
 
+    /// See [`Isa::STREAMS`].
+    pub(crate) fn streams(self) -> bool {
+        match self {
+            Self::Portable(_) => Portable::STREAMS,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(_) => Avx2::STREAMS,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(_) => Avx512::STREAMS,
+        }
+    }
+
     pub(crate) fn tier(self) -> Tier {
         match self {
             Self::Portable(_) => Portable::TIER,
