@@ -120,11 +120,9 @@ impl<'a, E: Element> Affine<'a, E> {
         self.recording.filter(|_| self.activation != Activation::None)
     }
 
-    /// Gamma and beta of a channel.
-    #[inline(always)]
-    pub(crate) fn channel(&self, c: usize) -> (f64, f64) {
-        let gamma = self.gamma.map_or(1.0, |gamma| gamma[c].to_f64());
-        (gamma, self.beta.map_or(0.0, |beta| beta[c].to_f64()))
+    /// Scale and offset alone.
+    pub(crate) fn trained(&self) -> Trained<'a, E::Param> {
+        Trained { gamma: self.gamma, beta: self.beta }
     }
 
     /// That of a part of the batch.
@@ -144,6 +142,22 @@ impl<'a, E: Element> Affine<'a, E> {
 impl<E: Element> Default for Affine<'_, E> {
     fn default() -> Self {
         Self::none()
+    }
+}
+
+/// The trained parameters of an affine part, of which coefficients are made whatever the tensors' type.
+#[derive(Clone, Copy)]
+pub(crate) struct Trained<'a, P> {
+    pub(crate) gamma: Option<&'a [P]>,
+    pub(crate) beta: Option<&'a [P]>,
+}
+
+impl<P: Real> Trained<'_, P> {
+    /// Gamma and beta of a channel.
+    #[inline(always)]
+    pub(crate) fn channel(&self, c: usize) -> (f64, f64) {
+        let gamma = self.gamma.map_or(1.0, |gamma| gamma[c].to_f64());
+        (gamma, self.beta.map_or(0.0, |beta| beta[c].to_f64()))
     }
 }
 

@@ -3,7 +3,7 @@
 use core::ops::Range;
 
 use crate::activation::{Activation, Bend};
-use crate::affine::Affine;
+use crate::affine::{Affine, Trained};
 use crate::element::{Element, Real};
 use crate::forward::{Statistics, lines};
 use crate::grid::{Band, Runs};
@@ -11,7 +11,7 @@ use crate::kernel::gradient::{self, Gate, Gated, Pair, Passed, Upstream};
 use crate::kernel::sums::{Beside, Columns, RowBlock, RunSums};
 use crate::moments::{MergeWeights, Saved, centre};
 use crate::pass::{BATCH, Each, Reduction};
-use crate::simd::Isa;
+use crate::simd::{Isa, Kernel};
 use crate::tensor::{Side, Source};
 use crate::view::{Pack, Packs};
 
@@ -20,8 +20,15 @@ use crate::view::{Pack, Packs};
 pub(crate) struct Upstreams<'a, E: Element> {
     pub(crate) x: Source<'a, E>,
     pub(crate) dy: Source<'a, E>,
-    pub(crate) saved: &'a Saved<E::Param>,
     pub(crate) affine: Affine<'a, E>,
+    pub(crate) channels: Channels<'a, E::Param>,
+}
+
+/// What is known of channels, of whatever type their tensors are: what sums are completed with and coefficients made of.
+#[derive(Clone, Copy)]
+pub(crate) struct Channels<'a, P> {
+    pub(crate) saved: &'a Saved<P>,
+    pub(crate) trained: Trained<'a, P>,
     /// The number of values behind the sums.
     pub(crate) count: u64,
     /// Whether `x` is the output, from which the input is rebuilt up to scale and offset.
@@ -34,7 +41,7 @@ impl<'a, E: Element> Upstreams<'a, E> {
         let Affine { residual, output, activation, gates, .. } = self.affine;
         let source = |tensor| Source::new(tensor, Side::Y);
         let (gate, unbend) = match (gates, output) {
-            _ if self.is_output => (Gate::Output(self.x), activation.inverse()),
+            _ if self.channels.is_output => (Gate::Output(self.x), activation.inverse()),
             (Some(gates), _) => (Gate::Bits(gates), Activation::None),
             (None, Some(output)) => (Gate::Output(source(output)), Activation::None),
             (None, None) => (Gate::Argument(residual.map(source)), Activation::None),
@@ -53,29 +60,31 @@ impl<'a, E: Element> Upstreams<'a, E> {
 
     /// The sums of a gradient, and of its products with xhat.
     pub(crate) fn sums<U, const K: usize>(&self, x: Source<'a, E>, upstream: U) -> GradientSumsOf<'a, E, U, K> {
-        GradientSumsOf { from: *self, pair: Pair { x, upstream }, is_plain: false }
+        GradientSumsOf { channels: self.channels, pair: Pair { x, upstream }, is_plain: false }
     }
+}
 
+impl<P: Real> Channels<'_, P> {
     /// The forward pass's coefficients.
-    pub(crate) fn lines(&self, channels: Range<usize>) -> [Each<E::Param>; 3] {
-        lines(self.affine, channels.clone(), &self.saved.statistics(channels))
+    pub(crate) fn lines(&self, channels: Range<usize>) -> [Each<P>; 3] {
+        lines(self.trained, channels.clone(), &self.saved.statistics(channels))
     }
 
     /// A channel's `(hi, residue, inv_std)` of what is read: of the input, or of the output, whose mean and standard deviation
     /// are beta and gamma. `xhat = (x - hi - residue) * inv_std`.
-    pub(crate) fn centre(&self, c: usize) -> (E::Param, f64, E::Param) {
+    pub(crate) fn centre(&self, c: usize) -> (P, f64, P) {
         if !self.is_output {
             let (hi, residue) = self.saved.centre(c);
             return (hi, residue, self.saved.inv_std[c]);
         }
-        let (gamma, beta) = self.saved.line(self.affine, c);
-        let rounded = E::Param::from_f64(beta);
-        (rounded, beta - rounded.to_f64(), E::Param::from_f64(1.0 / gamma))
+        let (gamma, beta) = self.saved.line(self.trained, c);
+        let rounded = P::from_f64(beta);
+        (rounded, beta - rounded.to_f64(), P::from_f64(1.0 / gamma))
     }
 
     /// [`Upstreams::centre`] of up to [`BATCH`] channels; `given` are their statistics.
     #[inline(always)]
-    fn centres(&self, channels: Range<usize>, given: &Statistics<E::Param>) -> Each<(E::Param, f64, E::Param)> {
+    fn centres(&self, channels: Range<usize>, given: &Statistics<P>) -> Each<(P, f64, P)> {
         let mut all = [Default::default(); BATCH];
         if self.is_output {
             for (centre, c) in all.iter_mut().zip(channels) {
@@ -86,7 +95,7 @@ impl<'a, E: Element> Upstreams<'a, E> {
         // No branches, so that channels are computed several at a time; what lies beyond the last one is not used.
         for (i, all) in all.iter_mut().enumerate() {
             let (hi, residue) = centre(given.mean[i], given.residue[i], given.inv_std[i], given.reach);
-            *all = (hi, residue, E::Param::from_f64(given.inv_std[i]));
+            *all = (hi, residue, P::from_f64(given.inv_std[i]));
         }
         all
     }
@@ -109,11 +118,11 @@ impl<'a, E: Element> Upstreams<'a, E> {
         &self,
         channels: Range<usize>,
         [dy, dy_xhat]: &[Each<f64>; 2],
-    ) -> [Each<E::Param>; K] {
+    ) -> [Each<P>; K] {
         let saved = self.saved.statistics(channels.clone());
         let count = self.count as f64;
-        let mut all = [[E::Param::default(); BATCH]; K];
-        let [gamma, _] = saved.gammas_betas(self.affine, channels.clone());
+        let mut all = [[P::default(); BATCH]; K];
+        let [gamma, _] = saved.gammas_betas(self.trained, channels.clone());
         for (i, centre) in self.centres(channels.clone(), &saved).into_iter().enumerate() {
             let scale = gamma[i] * saved.inv_std[i];
             let (slope, dy) = (-scale * (dy_xhat[i] / count), (dy[i] / count, scale));
@@ -124,7 +133,7 @@ impl<'a, E: Element> Upstreams<'a, E> {
             }
         }
         if K > 6 {
-            [_, _, all[K - 1]] = lines(self.affine, channels, &saved);
+            [_, _, all[K - 1]] = lines(self.trained, channels, &saved);
         }
         all
     }
@@ -140,27 +149,43 @@ impl<E: Element, U: Upstream<E>, const K: usize> Packs<E> for GradientSumsOf<'_,
 /// The gradient sums of each channel, with two parameters, or four where the upstream gradient asks for the last two.
 #[derive(Clone, Copy)]
 pub(crate) struct GradientSumsOf<'a, E: Element, U, const K: usize> {
-    pub(crate) from: Upstreams<'a, E>,
+    pub(crate) channels: Channels<'a, E::Param>,
     pub(crate) pair: Pair<'a, E, U>,
     /// Whether products are taken with what is read itself, not with xhat.
     pub(crate) is_plain: bool,
 }
 
-impl<E: Element, U, const K: usize> GradientSumsOf<'_, E, U, K> {
-    /// The parameters of up to [`BATCH`] channels, see [`gradient::of_rows`].
+impl<'a, E: Element, U, const K: usize> GradientSumsOf<'a, E, U, K> {
+    /// The parameters of up to [`BATCH`] channels.
     #[inline(always)]
-    fn params(&self, channels: Range<usize>) -> [Each<E::Param>; K] {
-        let mut params = [[E::Param::default(); BATCH]; K];
-        if self.is_plain {
-            params[1] = [E::Param::from_f64(1.0); BATCH];
+    fn params(&self, channels: Range<usize>) -> Params<'_, E::Param, K> {
+        Params { of: &self.channels, channels, is_plain: self.is_plain }
+    }
+}
+
+/// The parameters of the sums of up to [`BATCH`] channels, see [`gradient::of_rows`]. Compiled once for all that is summed.
+struct Params<'c, P, const K: usize> {
+    of: &'c Channels<'c, P>,
+    channels: Range<usize>,
+    is_plain: bool,
+}
+
+impl<P: Real, const K: usize> Kernel for Params<'_, P, K> {
+    type Output = [Each<P>; K];
+    #[inline(always)]
+    fn run<I: Isa>(self, _: I) -> Self::Output {
+        let Self { of, channels, is_plain } = self;
+        let mut params = [[P::default(); BATCH]; K];
+        if is_plain {
+            params[1] = [P::from_f64(1.0); BATCH];
             return params;
         }
-        let saved = self.from.saved.statistics(channels.clone());
-        for (i, (hi, _, inv_std)) in self.from.centres(channels.clone(), &saved).into_iter().enumerate() {
+        let saved = of.saved.statistics(channels.clone());
+        for (i, (hi, _, inv_std)) in of.centres(channels.clone(), &saved).into_iter().enumerate() {
             (params[0][i], params[1][i]) = (hi, inv_std);
         }
         if K > 2 {
-            [_, params[K - 2], params[K - 1]] = lines(self.from.affine, channels, &saved);
+            [_, params[K - 2], params[K - 1]] = lines(of.trained, channels, &saved);
         }
         params
     }
@@ -183,7 +208,7 @@ impl<E: Element, U: Upstream<E>, const K: usize> Reduction<E, 2> for GradientSum
         _: (Runs, usize),
         blocks: &mut [gradient::Block<I, E, K>],
     ) {
-        let params = self.params(channels);
+        let params = isa.call(self.params(channels));
         for (i, block) in blocks.iter_mut().enumerate() {
             let mut of_channel = [E::Param::default(); K];
             for (param, params) in of_channel.iter_mut().zip(&params) {
@@ -234,7 +259,7 @@ impl<E: Element, U: Upstream<E>, const K: usize> Reduction<E, 2> for GradientSum
     #[inline(always)]
     unsafe fn rows<I: Isa>(&self, isa: I, block: RowBlock, columns: &mut Columns<'_, E::Param>, out: [&mut [f64]; 2]) {
         // SAFETY: the caller's promise.
-        unsafe { gradient::of_rows(isa, self.pair, |channels| self.params(channels), block, columns, out) }
+        unsafe { gradient::of_rows(isa, self.pair, |channels| isa.call(self.params(channels)), block, columns, out) }
     }
 
     #[inline(always)]

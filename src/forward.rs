@@ -2,7 +2,7 @@
 
 use core::ops::Range;
 
-use crate::affine::Affine;
+use crate::affine::Trained;
 use crate::element::{Element, Real};
 use crate::grid::{Band, Runs};
 use crate::kernel::sums::{Beside, Columns, RowBlock};
@@ -29,13 +29,9 @@ pub(crate) struct Statistics<P> {
 impl<P: Real> Statistics<P> {
     /// [`corrected`] gammas and betas of the channels of these.
     #[inline(always)]
-    pub(crate) fn gammas_betas<E: Element<Param = P>>(
-        &self,
-        affine: Affine<'_, E>,
-        channels: Range<usize>,
-    ) -> [Each<f64>; 2] {
-        let mut gamma = wide(&each(affine.gamma, channels.clone(), P::from_f64(1.0)));
-        let mut beta = wide(&each(affine.beta, channels, P::default()));
+    pub(crate) fn gammas_betas(&self, trained: Trained<'_, P>, channels: Range<usize>) -> [Each<f64>; 2] {
+        let mut gamma = wide(&each(trained.gamma, channels.clone(), P::from_f64(1.0)));
+        let mut beta = wide(&each(trained.beta, channels, P::default()));
         if let Some([r, d]) = &self.corrections {
             for i in 0..BATCH {
                 (gamma[i], beta[i]) = corrected((gamma[i], beta[i]), Some([r[i], d[i]]));
@@ -66,8 +62,8 @@ impl<P: Real> Saved<P> {
 
     /// [`corrected`] gamma and beta of one channel.
     #[inline(always)]
-    pub(crate) fn line<E: Element<Param = P>>(&self, affine: Affine<'_, E>, c: usize) -> (f64, f64) {
-        corrected(affine.channel(c), self.renorm.as_ref().map(|renorm| renorm.correction(c)))
+    pub(crate) fn line(&self, trained: Trained<'_, P>, c: usize) -> (f64, f64) {
+        corrected(trained.channel(c), self.renorm.as_ref().map(|renorm| renorm.correction(c)))
     }
 
     /// [`centre`] of one channel.
@@ -186,13 +182,9 @@ impl<E: Element> Reduction<E, 3> for MomentsOf<'_, E> {
 
 /// `[hi, scale, shift]` of up to [`BATCH`] channels.
 #[inline(always)]
-pub(crate) fn lines<E: Element>(
-    affine: Affine<'_, E>,
-    channels: Range<usize>,
-    given: &Statistics<E::Param>,
-) -> [Each<E::Param>; 3] {
-    let mut all = [[E::Param::default(); BATCH]; 3];
-    let [gamma, beta] = given.gammas_betas(affine, channels);
+pub(crate) fn lines<P: Real>(trained: Trained<'_, P>, channels: Range<usize>, given: &Statistics<P>) -> [Each<P>; 3] {
+    let mut all = [[P::default(); BATCH]; 3];
+    let [gamma, beta] = given.gammas_betas(trained, channels);
     // No branches, so that channels are computed several at a time; what lies beyond the last one is not used.
     for i in 0..BATCH {
         let centre = centre(given.mean[i], given.residue[i], given.inv_std[i], given.reach);

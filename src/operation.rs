@@ -6,8 +6,8 @@
 use core::ops::Range;
 
 use crate::activation::Bend;
-use crate::affine::Affine;
-use crate::backward::Upstreams;
+use crate::affine::{Affine, Trained};
+use crate::backward::{Channels, Upstreams};
 use crate::element::{Element, Real};
 use crate::forward::{MomentsOf, Statistics, each, lines};
 use crate::kernel::gradient::{Pair, Upstream};
@@ -44,68 +44,68 @@ impl<P: Real> Origin<'_, P> {
 }
 
 /// Coefficients of a forward pass from the moments of channels, whose statistics are recorded.
-struct Recorded<'c, 'a, E: Element> {
-    affine: Affine<'a, E>,
-    record: &'c Recorder<'a, E::Param>,
+struct Recorded<'c, 'a, P> {
+    trained: Trained<'a, P>,
+    record: &'c Recorder<'a, P>,
     channels: Range<usize>,
     values: &'c [Each<f64>; 3],
 }
 
-impl<E: Element> Kernel for Recorded<'_, '_, E> {
-    type Output = [Each<E::Param>; 3];
+impl<P: Real> Kernel for Recorded<'_, '_, P> {
+    type Output = [Each<P>; 3];
     #[inline(always)]
     fn run<I: Isa>(self, _: I) -> Self::Output {
         // SAFETY: each channel is closed once.
-        lines(self.affine, self.channels.clone(), &unsafe { self.record.keep(self.channels, self.values) })
+        lines(self.trained, self.channels.clone(), &unsafe { self.record.keep(self.channels, self.values) })
     }
 }
 
 /// Coefficients of a backward pass from the gradient sums of channels, which are recorded.
-struct Differentiated<'c, 'a, E: Element, const K: usize> {
-    from: &'c Upstreams<'a, E>,
-    out: &'c AffineGradientsTo<'a, E::Param>,
+struct Differentiated<'c, 'a, P, const K: usize> {
+    of: Channels<'a, P>,
+    out: &'c AffineGradientsTo<'a, P>,
     channels: Range<usize>,
     values: &'c [Each<f64>; 2],
 }
 
-impl<E: Element, const K: usize> Kernel for Differentiated<'_, '_, E, K> {
-    type Output = [Each<E::Param>; K];
+impl<P: Real, const K: usize> Kernel for Differentiated<'_, '_, P, K> {
+    type Output = [Each<P>; K];
     #[inline(always)]
     fn run<I: Isa>(self, _: I) -> Self::Output {
-        let sums = self.from.complete(self.channels.clone(), self.values);
+        let sums = self.of.complete(self.channels.clone(), self.values);
         // SAFETY: each channel is closed once.
         unsafe { self.out.keep(self.channels.clone(), &sums) };
-        self.from.coefficients(self.channels, &sums)
+        self.of.coefficients(self.channels, &sums)
     }
 }
 
 /// Coefficients of a forward pass from statistics given.
-struct FromOrigin<'c, 'a, E: Element> {
-    affine: Affine<'a, E>,
-    origin: &'c Origin<'a, E::Param>,
+struct FromOrigin<'c, 'a, P> {
+    trained: Trained<'a, P>,
+    origin: &'c Origin<'a, P>,
     channels: Range<usize>,
 }
 
-impl<E: Element> Kernel for FromOrigin<'_, '_, E> {
-    type Output = [Each<E::Param>; 3];
+impl<P: Real> Kernel for FromOrigin<'_, '_, P> {
+    type Output = [Each<P>; 3];
     #[inline(always)]
     fn run<I: Isa>(self, _: I) -> Self::Output {
-        lines(self.affine, self.channels.clone(), &self.origin.statistics(self.channels))
+        lines(self.trained, self.channels.clone(), &self.origin.statistics(self.channels))
     }
 }
 
 /// Coefficients of a backward pass from gradient sums given.
-struct FromSums<'c, 'a, E: Element, const K: usize> {
-    from: &'c Upstreams<'a, E>,
+struct FromSums<'c, 'a, P, const K: usize> {
+    of: Channels<'a, P>,
     channels: Range<usize>,
     sums: &'c [Each<f64>; 2],
 }
 
-impl<E: Element, const K: usize> Kernel for FromSums<'_, '_, E, K> {
-    type Output = [Each<E::Param>; K];
+impl<P: Real, const K: usize> Kernel for FromSums<'_, '_, P, K> {
+    type Output = [Each<P>; K];
     #[inline(always)]
     fn run<I: Isa>(self, _: I) -> Self::Output {
-        self.from.coefficients(self.channels, self.sums)
+        self.of.coefficients(self.channels, self.sums)
     }
 }
 
@@ -200,7 +200,7 @@ impl<'a, E: Element> Operation<'a, E> {
             Self::Train { normalize, record } => {
                 let NormalizeTo { x, affine, y } = normalize;
                 let close = |channels: Range<usize>, values: &_| {
-                    dispatch(context.tier, Recorded { affine, record: &record, channels, values })
+                    dispatch(context.tier, Recorded { trained: affine.trained(), record: &record, channels, values })
                 };
                 // SAFETY: see above.
                 unsafe {
@@ -212,7 +212,8 @@ impl<'a, E: Element> Operation<'a, E> {
             }
             Self::Normalize { normalize, origin } => {
                 let NormalizeTo { x, affine, y } = normalize;
-                let coefficients = |channels| dispatch(context.tier, FromOrigin { affine, origin: &origin, channels });
+                let trained = affine.trained();
+                let coefficients = |channels| dispatch(context.tier, FromOrigin { trained, origin: &origin, channels });
                 // SAFETY: see above.
                 unsafe {
                     match affine.is_last() {
@@ -229,10 +230,10 @@ impl<'a, E: Element> Operation<'a, E> {
                 // SAFETY: see above.
                 unsafe {
                     if let Some(to) = dresidual {
-                        context.apply(from.passed(false), &|channels| from.lines(channels), to, scratch);
+                        context.apply(from.passed(false), &|channels| from.channels.lines(channels), to, scratch);
                     }
                     match from.gated() {
-                        _ if from.saved.frozen => frozen(from, dx, &out, context, scratch),
+                        _ if from.channels.saved.frozen => frozen(from, dx, &out, context, scratch),
                         None => backward::<_, _, 2, 6>(from, from.dy, dx, &out, context, scratch),
                         Some(gated) if let Some(gated) = gated.by_argument() => {
                             backward::<_, _, 4, 7>(from, gated, dx, &out, context, scratch)
@@ -259,8 +260,8 @@ impl<'a, E: Element> Operation<'a, E> {
                 // SAFETY: see above.
                 unsafe {
                     match from.gated() {
-                        _ if from.saved.frozen => {
-                            context.apply(from.passed(true), &|channels| from.lines(channels), dx, scratch);
+                        _ if from.channels.saved.frozen => {
+                            context.apply(from.passed(true), &|channels| from.channels.lines(channels), dx, scratch);
                         }
                         None => input_gradient::<_, _, 6>(from, from.dy, dx, sums, context, scratch),
                         Some(gated) if let Some(gated) = gated.by_argument() => {
@@ -293,8 +294,9 @@ unsafe fn backward<E: Element, U: Upstream<E>, const S: usize, const K: usize>(
         }
         return;
     };
-    let close =
-        |channels, values: &_| dispatch(context.tier, Differentiated::<_, K> { from: &from, out, channels, values });
+    let close = |channels, values: &_| {
+        dispatch(context.tier, Differentiated::<_, K> { of: from.channels, out, channels, values })
+    };
     let (sums, pair) = (from.sums::<_, S>(from.x, upstream), Pair { x: from.x, upstream });
     // SAFETY: the caller's promise.
     unsafe { context.run::<_, _, _, 2, K>(&sums, &close, pair, dx, scratch) };
@@ -317,12 +319,12 @@ unsafe fn frozen<E: Element>(
         match dx {
             Some(dx) if out.is_wanted() => {
                 let close = |channels: Range<usize>, values: &_| {
-                    out.keep(channels.clone(), &from.complete(channels.clone(), values));
-                    from.lines(channels)
+                    out.keep(channels.clone(), &from.channels.complete(channels.clone(), values));
+                    from.channels.lines(channels)
                 };
                 context.run(&from.sums::<_, 4>(from.x, passed.upstream), &close, passed, dx, scratch);
             }
-            Some(dx) => context.apply(passed, &|channels| from.lines(channels), dx, scratch),
+            Some(dx) => context.apply(passed, &|channels| from.channels.lines(channels), dx, scratch),
             None if out.is_wanted() => gradient_sums::<_, _, 4>(from, passed.upstream, out, context, scratch),
             None => (),
         }
@@ -343,7 +345,8 @@ unsafe fn gradient_sums<E: Element, U: Upstream<E>, const S: usize>(
     let sums = from.sums::<_, S>(from.x, upstream);
     // SAFETY: the caller's promise; each channel is closed once.
     unsafe {
-        let close = |channels: Range<usize>, values: &_| out.keep(channels.clone(), &from.complete(channels, values));
+        let close =
+            |channels: Range<usize>, values: &_| out.keep(channels.clone(), &from.channels.complete(channels, values));
         context.reduce(&sums, &close, scratch);
     }
 }
@@ -365,7 +368,7 @@ unsafe fn input_gradient<E: Element, U: Upstream<E>, const K: usize>(
         for (i, sums) in sums[channels.clone()].iter().enumerate() {
             [given[0][i], given[1][i]] = [sums.dy, sums.dy_xhat];
         }
-        dispatch(context.tier, FromSums { from: &from, channels, sums: &given })
+        dispatch(context.tier, FromSums { of: from.channels, channels, sums: &given })
     };
     // SAFETY: the caller's promise.
     unsafe { context.apply::<_, _, K>(Pair { x: from.x, upstream }, &coefficients, dx, scratch) }
@@ -395,6 +398,8 @@ macro_rules! execute {
             // Not inlined: this is where the kernels are compiled.
             #[inline(never)]
             unsafe fn execute(job: Job<'_, '_, $t>) {
+                // So that none are compiled for them, which takes most of the time.
+                assert!(!cfg!(test), "unit tests run no kernels");
                 // SAFETY: the caller's promise is the callee's.
                 unsafe { job.operation.run(job.context, job.scratch) }
             }

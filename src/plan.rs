@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::activation::Activation;
 use crate::affine::{Affine, Gradients};
-use crate::backward::Upstreams;
+use crate::backward::{Channels, Upstreams};
 use crate::element::Element;
 use crate::error::{Error, Result, check_len};
 use crate::gates::Recorded;
@@ -377,7 +377,7 @@ impl<E: Element> BatchNorm<E> {
             return Err(Error::NotInvertible);
         }
         for channel in 0..self.shape.channels() {
-            let (gamma, beta) = saved.line(affine, channel);
+            let (gamma, beta) = saved.line(affine.trained(), channel);
             // A power of two for each half digit, and reciprocals that are normal numbers.
             let least = (beta.abs() / f64::from(1u32 << (E::DIGITS / 2))).max(1e-30);
             if gamma.is_nan() || beta.is_nan() || gamma.abs() < least {
@@ -607,7 +607,8 @@ impl<E: Element> BatchNorm<E> {
         affine: Affine<'a, E>,
         count: u64,
     ) -> Upstreams<'a, E> {
-        Upstreams { x, dy, saved, affine, count, is_output: self.from_output }
+        let channels = Channels { saved, trained: affine.trained(), count, is_output: self.from_output };
+        Upstreams { x, dy, affine, channels }
     }
 
     /// Where the gradients of gamma and beta go.

@@ -202,7 +202,7 @@ impl<E: Element> BatchNorm<E> {
 
     /// Scale and shift of a channel at inference.
     pub(crate) fn line(&self, affine: Affine<'_, E>, population: Population<'_, E::Param>, c: usize) -> (f64, f64) {
-        let (gamma, beta) = affine.channel(c);
+        let (gamma, beta) = affine.trained().channel(c);
         let scale = gamma * inv_std(population.var[c].to_f64(), self.eps());
         (scale, beta - population.mean[c].to_f64() * scale)
     }

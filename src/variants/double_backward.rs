@@ -17,7 +17,7 @@ use core::ops::Range;
 
 use crate::activation::{Activation, Bend};
 use crate::affine::Affine;
-use crate::backward::{GradientSumsOf, Upstreams};
+use crate::backward::{Channels, GradientSumsOf, Upstreams};
 use crate::element::{Element, Real};
 use crate::error::{Error, Result};
 use crate::kernel::gradient::{self, Pair};
@@ -165,14 +165,14 @@ impl<E: Element> Twice<'_, E> {
     /// As [`Operation::run`].
     pub(crate) unsafe fn run(self, context: Context<'_>, scratch: &mut Scratch<E::Param>) {
         let Self { from, of, means, .. } = self;
-        let count = from.count as f64;
+        let count = from.channels.count as f64;
         // The first one has dy in the place of xhat; what it finds beside D is overwritten.
         let of_both = GradientSumsOf { is_plain: true, ..of.sums::<_, 2>(from.dy, of.dy) };
         for (at, sums) in [(3, of_both), (0, from.sums(from.x, from.dy)), (2, of.sums(of.x, of.dy))] {
             let keep = |channels: Range<usize>, values: &[Each<f64>; 2]| {
                 // SAFETY: each channel is closed once.
                 let means = unsafe { means.slice(channels.clone()) };
-                let sums = if sums.is_plain { *values } else { sums.from.complete(channels, values) };
+                let sums = if sums.is_plain { *values } else { sums.channels.complete(channels, values) };
                 for (i, means) in means.iter_mut().enumerate() {
                     for (k, sums) in sums.iter().enumerate() {
                         means[at + k] = sums[i] / count;
@@ -196,7 +196,7 @@ impl<E: Element> Twice<'_, E> {
                 context.apply(rest, &|channels| self.rest_wrt_x(channels), to, scratch);
             }
             if let Some(to) = self.gamma {
-                for (c, gamma) in to.slice(0..from.saved.channels()).iter_mut().enumerate() {
+                for (c, gamma) in to.slice(0..from.channels.saved.channels()).iter_mut().enumerate() {
                     let channel = self.channel(c);
                     *gamma = E::Param::from_f64(channel.r * count * channel.bent(1.0));
                 }
@@ -205,8 +205,8 @@ impl<E: Element> Twice<'_, E> {
     }
 
     fn channel(&self, c: usize) -> Channel {
-        let Upstreams { saved, affine, .. } = self.from;
-        let (gamma, _) = saved.line(affine, c);
+        let Channels { saved, trained, .. } = self.from.channels;
+        let (gamma, _) = saved.line(trained, c);
         let [r, d] = saved.renorm.as_ref().map_or([1.0, 0.0], |renorm| renorm.correction(c));
         let [w, u] = [self.of_dgamma, self.of_dbeta].map(|of| of.map_or(0.0, |of| of[c].to_f64()));
         // SAFETY: the reductions are over.
@@ -223,7 +223,7 @@ impl<E: Element> Twice<'_, E> {
         let mut all = [[E::Param::default(); BATCH]; 6];
         for (i, c) in channels.enumerate() {
             let (slope, of_gradient, beside) = of(self.channel(c));
-            let one = gradient::coefficients(self.from.centre(c), slope, of_gradient, beside);
+            let one = gradient::coefficients(self.from.channels.centre(c), slope, of_gradient, beside);
             for (all, one) in all.iter_mut().zip(one) {
                 all[i] = one;
             }
@@ -240,7 +240,7 @@ impl<E: Element> Twice<'_, E> {
 
     /// The part that is made of x and dy.
     fn wrt_x(&self, channels: Range<usize>) -> [Each<E::Param>; 6] {
-        let frozen = self.from.saved.frozen;
+        let frozen = self.from.channels.saved.frozen;
         self.each(channels, |channel| {
             let [a, b, _, c, _] = channel.means;
             let slope = -channel.scale * channel.bent(3.0) - channel.of_xhat * channel.s * b;

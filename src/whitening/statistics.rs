@@ -95,7 +95,7 @@ impl Group {
 
     /// The forward pass.
     pub(super) fn map<E: Element>(&self, affine: Affine<'_, E>) -> Map {
-        let of = |row: usize| affine.channel(self.channels.start + row);
+        let of = |row: usize| affine.trained().channel(self.channels.start + row);
         let n = self.mean.len();
         let matrix = Mat::from_fn(n, n, |i, j| of(i).0 * self.root.matrix[(i, j)]);
         Map { channels: self.channels.clone(), matrix, from: self.mean.clone(), to: (0..n).map(|i| of(i).1).collect() }
@@ -109,7 +109,7 @@ impl Group {
 
     /// The gradient of the input, as maps of `dy` and of `x`.
     pub(super) fn gradient<E: Element>(&self, crossed: &Crossed, affine: Affine<'_, E>, count: u64) -> [Map; 2] {
-        let gamma = |row: usize| affine.channel(self.channels.start + row).0;
+        let gamma = |row: usize| affine.trained().channel(self.channels.start + row).0;
         let (n, count) = (self.mean.len(), count as f64);
         let of_matrix = Mat::from_fn(n, n, |i, j| gamma(i) * crossed.product[(i, j)]);
         let of_covariance = self.root.gradient(&of_matrix);
