@@ -29,6 +29,10 @@ const STREAMED_STRETCH: usize = 1 << 18;
 pub(crate) const BATCH: usize = 16;
 /// The shortest plane that a pass goes over once, in bytes: of shorter ones a batch has too little in a row of each image.
 const FUSED_PLANE: usize = 192;
+/// The same for tensors that wait in a third-level cache, and what a reduction reads of those at least, on one thread and on more: that
+/// cache is then read once.
+const FUSED_LONG_PLANE: usize = 2 << 10;
+const FUSED: [usize; 2] = [4 << 20, 2 << 20];
 /// Bytes of the channels that a thread reduces before it maps the first of them. The more of an image lies in a row, the faster it
 /// comes from memory; but the next batch is to wait in a second-level cache beside this one.
 const BATCH_BYTES: usize = 600 << 10;
@@ -157,9 +161,13 @@ impl<'v> Context<'v> {
         self.views.is_none() && (planar.channels >= 8 * self.workers || planar.channels.is_multiple_of(self.workers))
     }
 
-    /// Whether both halves go over the tensor together: not where it stays in a cache, nor in short steps.
-    fn fuses<E>(&self, planar: Planar) -> bool {
-        self.large && planar.plane * size_of::<E>() >= FUSED_PLANE && self.by_channel(planar)
+    /// Whether both halves go over the tensor together: not where it stays in a cache near by, nor in short steps.
+    fn fuses<E: Element, R: Reduction<E, S>, const S: usize>(&self, planar: Planar) -> bool {
+        let plane = planar.plane * size_of::<E>();
+        let read = channel_bytes::<E, R, S>(planar).saturating_mul(planar.channels);
+        let is_long = plane >= FUSED_LONG_PLANE && planar.block(0, 0).together() > 1;
+        self.by_channel(planar)
+            && (self.large && plane >= FUSED_PLANE || is_long && read >= FUSED[usize::from(self.workers > 1)])
     }
 
     /// Whether a lone thread reads four images at a time, and vectors of 256 bits or less: the CPU foresees these images, faster than
@@ -308,7 +316,7 @@ impl<'v> Context<'v> {
     {
         let (wide, narrow, room) = self.parts::<E, S, K>(scratch);
         match self.geometry {
-            Geometry::Planar(planar) if self.fuses::<E>(planar) => {
+            Geometry::Planar(planar) if self.fuses::<E, R, S>(planar) => {
                 let beside = self.writes_beside::<E, R, S>(planar);
                 let batch = self.batch::<E, R, S>(planar, beside);
                 // The next batch is asked for while this one is written, which leaves the read side of memory idle.
