@@ -400,82 +400,61 @@ pub(crate) unsafe fn over_rows<I: Isa, M: Map<K>, const K: usize>(
                 let (first, vectors) = (params, strip.min(period - from) / lanes);
                 for row in 0..rows {
                     params = first;
-                    let at = start + i + row * period + from;
+                    let at = (start + i + row * period + from, vectors);
+                    // Strips are too short for the CPU to foresee the next.
                     if streams {
-                        strip_of_row::<I, M, K, true>(isa, map, &mut params, (at, vectors), target);
+                        whole::<I, M, K, true>(isa, map, &mut params, at, 2 * period, target);
                     } else {
-                        strip_of_row::<I, M, K, false>(isa, map, &mut params, (at, vectors), target);
+                        whole::<I, M, K, false>(isa, map, &mut params, at, 2 * period, target);
                     }
                 }
             }
             i += rows * period;
         }
-        while i + lanes <= len {
-            let vectors = (period - params.column).div_ceil(lanes).min((len - i) / lanes);
-            if streams {
-                to_end_of_row::<I, M, K, true>(isa, map, &mut params, (start + i, vectors), target);
-            } else {
-                to_end_of_row::<I, M, K, false>(isa, map, &mut params, (start + i, vectors), target);
-            }
-            i += vectors * lanes;
+        let vectors = (len - i) / lanes;
+        if streams {
+            whole::<I, M, K, true>(isa, map, &mut params, (start + i, vectors), target.ahead(), target);
+        } else {
+            whole::<I, M, K, false>(isa, map, &mut params, (start + i, vectors), target.ahead(), target);
         }
+        i += vectors * lanes;
         if i < len {
             isa.call(Partial { map, params, at: start + i, n: len - i, target });
         }
     }
 }
 
-/// Writes so many vectors from element `at`, which may go on with the first columns.
+/// Writes so many whole vectors of rows from element `at`.
 ///
 /// # Safety
 /// As [`over_rows`], for these, and [`Target::store`].
 #[inline(always)]
-unsafe fn strip_of_row<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
+unsafe fn whole<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
     isa: I,
     map: M,
     params: &mut Periodic<'_, <M::Element as Storage>::Compute>,
-    (at, vectors): (usize, usize),
+    (mut at, mut vectors): (usize, usize),
+    ahead: usize,
     target: Target<'_, M::Element>,
 ) {
     let lanes = Compute::<I, M::Element>::LANES;
-    for at in (at..at + vectors * lanes).step_by(lanes) {
-        // Strips are too short for the CPU to foresee the next.
-        map.prefetch(isa, at + 2 * params.period);
-        // SAFETY: the caller's promise.
-        unsafe {
-            let value = map.at::<I, true>(isa, &params.get(isa), at, lanes);
-            target.store::<I, STREAM>(isa, value, at);
+    while vectors > 0 {
+        // To the end of the row, without a look at where it is.
+        let first = *params;
+        let n = (params.period - first.column).div_ceil(lanes).min(vectors);
+        for v in 0..n {
+            let at = at + v * lanes;
+            map.prefetch(isa, at + ahead);
+            params.column = first.column + v * lanes;
+            // SAFETY: the caller's promise.
+            unsafe {
+                let value = map.at::<I, true>(isa, &params.get(isa), at, lanes);
+                target.store::<I, STREAM>(isa, value, at);
+            }
         }
         params.pass(lanes);
+        (at, vectors) = (at + n * lanes, vectors - n);
     }
-}
-
-/// The same up to the end of the row, without a look at where it is.
-///
-/// # Safety
-/// As [`strip_of_row`]; the last vector alone may go beyond the row.
-#[inline(always)]
-unsafe fn to_end_of_row<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
-    isa: I,
-    map: M,
-    params: &mut Periodic<'_, <M::Element as Storage>::Compute>,
-    (at, vectors): (usize, usize),
-    target: Target<'_, M::Element>,
-) {
-    let lanes = Compute::<I, M::Element>::LANES;
-    let ahead = if STREAM { AHEAD_STREAMED } else { AHEAD } / size_of::<M::Element>();
-    let first = *params;
-    for v in 0..vectors {
-        let at = at + v * lanes;
-        map.prefetch(isa, at + ahead);
-        params.column = first.column + v * lanes;
-        // SAFETY: the caller's promise.
-        unsafe {
-            let value = map.at::<I, true>(isa, &params.get(isa), at, lanes);
-            target.store::<I, STREAM>(isa, value, at);
-        }
-    }
-    params.pass(lanes);
 }
 
 /// The first `n` elements of a vector from element `at`, which is all that is to be written there; safe as [`over_rows`]. There are two
