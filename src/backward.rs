@@ -82,7 +82,7 @@ impl<P: Real> Channels<'_, P> {
         (rounded, beta - rounded.to_f64(), P::from_f64(1.0 / gamma))
     }
 
-    /// [`Upstreams::centre`] of up to [`BATCH`] channels; `given` are their statistics.
+    /// [`Channels::centre`] of up to [`BATCH`] channels; `given` are their statistics.
     #[inline(always)]
     fn centres(&self, channels: Range<usize>, given: &Statistics<P>) -> Each<(P, f64, P)> {
         let mut all = [Default::default(); BATCH];
@@ -155,7 +155,7 @@ pub(crate) struct GradientSumsOf<'a, E: Element, U, const K: usize> {
     pub(crate) is_plain: bool,
 }
 
-impl<'a, E: Element, U, const K: usize> GradientSumsOf<'a, E, U, K> {
+impl<E: Element, U, const K: usize> GradientSumsOf<'_, E, U, K> {
     /// The parameters of up to [`BATCH`] channels.
     #[inline(always)]
     fn params(&self, channels: Range<usize>) -> Params<'_, E::Param, K> {

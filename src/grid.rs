@@ -133,6 +133,11 @@ impl Runs {
 }
 
 impl Planar {
+    /// Runs of a block that are summed at a time, but for the last block.
+    pub(crate) fn together(self) -> usize {
+        self.block(0, 0).together()
+    }
+
     /// Elements from one image to the next.
     pub(crate) fn pitch(&self) -> usize {
         self.channels * self.plane

@@ -380,7 +380,7 @@ pub(crate) unsafe fn over_rows<I: Isa, M: Map<K>, const K: usize>(
     assert!(params.period >= MAX_LANES && params.lead + params.period + MAX_LANES <= params.padded);
     assert!(params.params.len() >= K * params.padded);
     let lanes = Compute::<I, M::Element>::LANES;
-    let (period, streams) = (params.period, I::STREAMS && target.streaming);
+    let period = params.period;
     // Up to the first aligned vector, whole vectors, and what is left.
     let head = target.unaligned(start, lanes).unwrap_or(0).min(len);
     let mut i = head;
@@ -402,21 +402,13 @@ pub(crate) unsafe fn over_rows<I: Isa, M: Map<K>, const K: usize>(
                     params = first;
                     let at = (start + i + row * period + from, vectors);
                     // Strips are too short for the CPU to foresee the next.
-                    if streams {
-                        whole::<I, M, K, true>(isa, map, &mut params, at, 2 * period, target);
-                    } else {
-                        whole::<I, M, K, false>(isa, map, &mut params, at, 2 * period, target);
-                    }
+                    whole(isa, map, &mut params, at, 2 * period, target);
                 }
             }
             i += rows * period;
         }
         let vectors = (len - i) / lanes;
-        if streams {
-            whole::<I, M, K, true>(isa, map, &mut params, (start + i, vectors), target.ahead(), target);
-        } else {
-            whole::<I, M, K, false>(isa, map, &mut params, (start + i, vectors), target.ahead(), target);
-        }
+        whole(isa, map, &mut params, (start + i, vectors), target.ahead(), target);
         i += vectors * lanes;
         if i < len {
             isa.call(Partial { map, params, at: start + i, n: len - i, target });
@@ -429,7 +421,25 @@ pub(crate) unsafe fn over_rows<I: Isa, M: Map<K>, const K: usize>(
 /// # Safety
 /// As [`over_rows`], for these, and [`Target::store`].
 #[inline(always)]
-unsafe fn whole<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
+unsafe fn whole<I: Isa, M: Map<K>, const K: usize>(
+    isa: I,
+    map: M,
+    params: &mut Periodic<'_, <M::Element as Storage>::Compute>,
+    at: (usize, usize),
+    ahead: usize,
+    target: Target<'_, M::Element>,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match I::STREAMS && target.streaming {
+            true => write_whole::<I, M, K, true>(isa, map, params, at, ahead, target),
+            false => write_whole::<I, M, K, false>(isa, map, params, at, ahead, target),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn write_whole<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
     isa: I,
     map: M,
     params: &mut Periodic<'_, <M::Element as Storage>::Compute>,

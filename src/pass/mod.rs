@@ -29,9 +29,9 @@ const STREAMED_STRETCH: usize = 1 << 18;
 pub(crate) const BATCH: usize = 16;
 /// The shortest plane that a pass goes over once, in bytes: of shorter ones a batch has too little in a row of each image.
 const FUSED_PLANE: usize = 192;
-/// The same for tensors that wait in a third-level cache, and what a reduction reads of those at least, on one thread and on more: that
-/// cache is then read once.
+/// The same for tensors that wait in a third-level cache.
 const FUSED_LONG_PLANE: usize = 2 << 10;
+/// Bytes that a reduction reads of those at least, on one thread and on more, for a pass that reads that cache once.
 const FUSED: [usize; 2] = [4 << 20, 2 << 20];
 /// Bytes of the channels that a thread reduces before it maps the first of them. The more of an image lies in a row, the faster it
 /// comes from memory; but the next batch is to wait in a second-level cache beside this one.
@@ -165,7 +165,7 @@ impl<'v> Context<'v> {
     fn fuses<E: Element, R: Reduction<E, S>, const S: usize>(&self, planar: Planar) -> bool {
         let plane = planar.plane * size_of::<E>();
         let read = channel_bytes::<E, R, S>(planar).saturating_mul(planar.channels);
-        let is_long = plane >= FUSED_LONG_PLANE && planar.block(0, 0).together() > 1;
+        let is_long = plane >= FUSED_LONG_PLANE && planar.together() > 1;
         self.by_channel(planar)
             && (self.large && plane >= FUSED_PLANE || is_long && read >= FUSED[usize::from(self.workers > 1)])
     }
@@ -173,17 +173,17 @@ impl<'v> Context<'v> {
     /// Whether a lone thread reads four images at a time, and vectors of 256 bits or less: the CPU foresees these images, faster than
     /// a core may ask for lines, and the sums take as long as what comes so.
     fn keeps_up(&self, planar: Planar) -> bool {
-        self.workers == 1 && planar.block(0, 0).together() > 1 && self.tier.tier() != Tier::Avx512
+        self.workers == 1 && planar.together() > 1 && self.tier.tier() != Tier::Avx512
     }
 
     /// Whether a batch is written beside the sums of the next one.
     fn writes_beside<E: Element, R: Reduction<E, S>, const S: usize>(&self, planar: Planar) -> bool {
         let plane = planar.plane * size_of::<E>();
-        self.tier.streams()
+        self.tier.tier().streams()
             && planar::may_write_beside::<E>()
             && match self.keeps_up(planar) {
                 true => R::TENSORS == 1 && plane >= BESIDE_PLANE[0],
-                false => planar.block(0, 0).together() > 1 && plane >= BESIDE_PLANE[1],
+                false => planar.together() > 1 && plane >= BESIDE_PLANE[1],
             }
     }
 
@@ -468,7 +468,7 @@ impl<'v> Context<'v> {
 
     /// How many elements ahead of a band others are asked for while `batch` channels are reduced, 0 for none.
     fn ahead<E: Element, R: Reduction<E, S>, const S: usize>(&self, planar: Planar, batch: usize) -> usize {
-        let images = planar.block(0, 0).together();
+        let images = planar.together();
         let stay = images * batch * planar.plane * size_of::<E>() <= AHEAD_IMAGES;
         match self.large {
             true if R::TENSORS > 1 => AHEAD_IN_IMAGE / size_of::<E>(),

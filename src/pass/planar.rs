@@ -338,7 +338,7 @@ impl<'a, M: Map<K>, const K: usize> Images<'_, 'a, M, K> {
                 head => head,
             };
             let planes = Planes { end: end.min(at + n), ahead: 0, ..self.planes };
-            isa.call(Write { images: self, planes, only: true });
+            isa.call(Write { images: self, only: Some(planes) });
             self.go_on(isa, planes.end - at);
         }
     }
@@ -347,8 +347,7 @@ impl<'a, M: Map<K>, const K: usize> Images<'_, 'a, M, K> {
     #[inline(always)]
     fn rest<I: Isa>(&mut self, isa: I) {
         if self.images > 0 {
-            let planes = self.planes;
-            isa.call(Write { images: self, planes, only: false });
+            isa.call(Write { images: self, only: None });
         }
     }
 
@@ -383,29 +382,28 @@ impl<'a, M: Map<K>, const K: usize> Images<'_, 'a, M, K> {
     }
 }
 
-/// The second half for some planes of an image `only`, or for those of all that are left. Compiled once for all that is written.
+/// The second half for some planes of an image `only`, or for all that is left, of one image at least. Compiled once for both.
 struct Write<'w, 'p, 'a, M: Map<K>, const K: usize> {
     images: &'w mut Images<'p, 'a, M, K>,
-    planes: Planes,
-    only: bool,
+    only: Option<Planes>,
 }
 
 impl<M: Map<K>, const K: usize> Kernel for Write<'_, '_, '_, M, K> {
     type Output = ();
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let Self { images, mut planes, only } = self;
+        let Self { images, only } = self;
         loop {
+            let planes = only.unwrap_or(images.planes);
             // SAFETY: the promise of who made this.
             unsafe { over_planes(isa, images.map, planes, images.params, images.target) };
-            if only {
+            if only.is_some() {
                 return;
             }
             images.next(isa);
             if images.images == 0 {
                 return;
             }
-            planes = images.planes;
         }
     }
 }
@@ -429,5 +427,5 @@ pub(super) unsafe fn map<M: Map<K>, const K: usize>(
     let (channel, plane_end) = (index % channels, (index + 1) * plane - origin);
     let planes = Planes { plane, at, channel, plane_end, end, ahead: target.ahead() };
     let images = &mut Images { map, planes, first: planes, images: 1, pitch: 0, params, target };
-    dispatch(tier, Write { images, planes, only: true });
+    dispatch(tier, Write { images, only: None });
 }

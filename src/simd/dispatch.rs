@@ -38,6 +38,11 @@ impl Tier {
         Self::available().last().unwrap_or(Tier::Portable)
     }
 
+    /// Whether it stores past the caches: `wide` cannot.
+    pub(crate) const fn streams(self) -> bool {
+        !matches!(self, Tier::Portable)
+    }
+
     /// The available tiers as text, for messages.
     pub(crate) fn list() -> String {
         Self::available().map(|tier| tier.to_string()).collect::<Vec<_>>().join(", ")
@@ -86,17 +91,6 @@ impl Dispatched {
             Tier::Avx2 | Tier::Avx512 => None,
         };
         found.ok_or(Error::TierUnavailable { tier })
-    }
-
-    /// See [`Isa::STREAMS`].
-    pub(crate) fn streams(self) -> bool {
-        match self {
-            Self::Portable(_) => Portable::STREAMS,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2(_) => Avx2::STREAMS,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512(_) => Avx512::STREAMS,
-        }
     }
 
     pub(crate) fn tier(self) -> Tier {

@@ -26,7 +26,7 @@ pub trait Isa: Copy + Send + Sync {
     /// The tier's name.
     const TIER: Tier;
     /// Whether [`Vector::stream`] stores past the caches.
-    const STREAMS: bool;
+    const STREAMS: bool = Self::TIER.streams();
     /// 16 lanes of f32.
     type F32: Vector<Self, Scalar = f32>;
     /// 8 lanes of f64.

@@ -10,7 +10,6 @@ pub struct Portable;
 
 impl Isa for Portable {
     const TIER: Tier = Tier::Portable;
-    const STREAMS: bool = false;
     type F32 = f32x16;
     type F64 = f64x8;
 

@@ -25,7 +25,6 @@ pub struct F64([__m256d; 2]);
 
 impl Isa for Avx2 {
     const TIER: Tier = Tier::Avx2;
-    const STREAMS: bool = true;
     type F32 = F32;
     type F64 = F64;
 

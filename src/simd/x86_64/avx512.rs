@@ -31,7 +31,6 @@ pub struct F64(__m512d);
 
 impl Isa for Avx512 {
     const TIER: Tier = Tier::Avx512;
-    const STREAMS: bool = true;
     type F32 = F32;
     type F64 = F64;
 
