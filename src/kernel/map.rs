@@ -275,11 +275,12 @@ pub(crate) unsafe fn over_planes<I: Isa, M: Map<K>, const K: usize>(
     params: Params<'_, M, K>,
     target: Target<'_, M::Element>,
 ) {
+    let isa = M::Element::unordered(isa);
     // SAFETY: the caller's promise.
     unsafe {
         match I::STREAMS && target.streaming {
-            true => write_planes::<I, M, K, true>(isa, map, planes, params, target),
-            false => write_planes::<I, M, K, false>(isa, map, planes, params, target),
+            true => write_planes::<_, M, K, true>(isa, map, planes, params, target),
+            false => write_planes::<_, M, K, false>(isa, map, planes, params, target),
         }
     }
 }

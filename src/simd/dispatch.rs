@@ -97,7 +97,7 @@ impl Dispatched {
         match self {
             Self::Portable(_) => Portable::TIER,
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2(_) => Avx2::TIER,
+            Self::Avx2(_) => <Avx2>::TIER,
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(_) => Avx512::TIER,
         }

@@ -31,6 +31,12 @@ pub trait Isa: Copy + Send + Sync {
     type F32: Vector<Self, Scalar = f32>;
     /// 8 lanes of f64.
     type F64: Vector<Self, Scalar = f64>;
+    /// The same tier with the lanes of its f32 where taking bf16 apart leaves them, for what treats all lanes alike. What asks for their
+    /// order gets it, but at a price.
+    type Apart: Isa;
+
+    /// The same tier, apart.
+    fn apart(self) -> Self::Apart;
 
     /// Runs `part` in a function of its own, compiled for the tier's features.
     fn call<P: Part<Self>>(self, part: P) -> P::Output;
@@ -251,6 +257,11 @@ impl Lanes for f64 {
 pub trait Storage: Copy + Default + Send + Sync + 'static {
     /// The type it is computed in.
     type Compute: Real;
+    /// The tier for what treats all lanes alike.
+    type Unordered<I: Isa>: Isa;
+
+    /// The tier for what treats all lanes alike.
+    fn unordered<I: Isa>(isa: I) -> Self::Unordered<I>;
 
     /// Loads one vector.
     ///
@@ -286,6 +297,11 @@ macro_rules! plain_storage {
     ($($t:ty),*) => {$(
         impl Storage for $t {
             type Compute = $t;
+            type Unordered<I: Isa> = I;
+            #[inline(always)]
+            fn unordered<I: Isa>(isa: I) -> I {
+                isa
+            }
             #[inline(always)]
             unsafe fn load<I: Isa>(isa: I, from: *const $t) -> Compute<I, $t> {
                 // SAFETY: the caller's promise is the callee's.
@@ -319,9 +335,14 @@ plain_storage!(f32, f64);
 
 #[cfg(feature = "half")]
 macro_rules! half_storage {
-    ($($t:ty: $load:ident $store:ident),*) => {$(
+    ($($t:ty: $load:ident $store:ident, $isa:ident => $unordered:ty, $value:expr;)*) => {$(
         impl Storage for $t {
             type Compute = f32;
+            type Unordered<I: Isa> = $unordered;
+            #[inline(always)]
+            fn unordered<I: Isa>($isa: I) -> $unordered {
+                $value
+            }
             #[inline(always)]
             unsafe fn load<I: Isa>(isa: I, from: *const $t) -> I::F32 {
                 // SAFETY: the caller's promise is the callee's; the type is a transparent u16.
@@ -363,11 +384,19 @@ macro_rules! half_storage {
 }
 
 #[cfg(feature = "half")]
-half_storage!(half::bf16: load_bf16 store_bf16, half::f16: load_f16 store_f16);
+half_storage!(
+    half::bf16: load_bf16 store_bf16, isa => I::Apart, isa.apart();
+    half::f16: load_f16 store_f16, isa => I, isa;
+);
 
 /// Integers that stand for themselves; stores round and saturate.
 impl Storage for i8 {
     type Compute = f32;
+    type Unordered<I: Isa> = I;
+    #[inline(always)]
+    fn unordered<I: Isa>(isa: I) -> I {
+        isa
+    }
     #[inline(always)]
     unsafe fn load<I: Isa>(isa: I, from: *const i8) -> I::F32 {
         // SAFETY: the caller's promise is the callee's.
@@ -465,6 +494,94 @@ impl<I: Isa, E: Element> Load<I> for Widened<E> {
                 *lane = from.add(i).read().to_param().to_f64();
             }
             I::F64::load_first(isa, lanes.as_ptr(), n, fill)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Checks what depends on the order of lanes.
+    struct Ordered;
+
+    impl Kernel for Ordered {
+        type Output = ();
+        fn run<I: Isa>(self, isa: I) {
+            // SAFETY: arrays are as long as a vector, or longer than what is touched of them.
+            unsafe {
+                let values: [f32; 16] = core::array::from_fn(|lane| lane as f32 - 7.5);
+                let (all, filler) = (I::F32::load(isa, values.as_ptr()), I::F32::splat(isa, 100.0));
+                let stored = |vector: I::F32| {
+                    let mut to = [0.0; 16];
+                    vector.store(to.as_mut_ptr());
+                    to
+                };
+                assert_eq!(stored(all), values);
+                assert_eq!(stored(all.lower())[..8], values[..8]);
+                for n in 0..16 {
+                    let expected: [f32; 16] = core::array::from_fn(|lane| if lane < n { values[lane] } else { 100.0 });
+                    assert_eq!(stored(all.first(n, filler)), expected);
+                    assert_eq!(stored(I::F32::load_first(isa, values.as_ptr(), n, filler)), expected);
+                    let mut to = [100.0; 16];
+                    all.store_first(to.as_mut_ptr(), n);
+                    assert_eq!(to, expected);
+                }
+                assert_eq!(all.positive(), 0xff00);
+                for bits in [0xff00, 0x5a3c, 1, 1 << 15] {
+                    assert_eq!(
+                        stored(I::F32::of_bits(isa, bits)),
+                        core::array::from_fn(|lane| (bits >> lane & 1) as f32)
+                    );
+                    assert_eq!(I::F32::of_bits(isa, bits).positive(), bits);
+                }
+                // Values that show in which order they are added.
+                let huge: [f32; 16] = core::array::from_fn(|lane| 1.7f32.powi(7 * lane as i32));
+                let huge = I::F32::load(isa, huge.as_ptr());
+                let mut sums: Vec<f64> = stored(huge).map(f64::from).into();
+                let mut added = [0.5; 16];
+                huge.add_widened(added.as_mut_ptr());
+                assert_eq!(added[..], sums.iter().map(|sum| sum + 0.5).collect::<Vec<_>>());
+                while sums.len() > 1 {
+                    let upper = sums.split_off(sums.len() / 2);
+                    sums.iter_mut().zip(upper).for_each(|(lower, upper)| *lower += upper);
+                }
+                assert_eq!(I::F32::fold(huge.widen_onto(I::F32::no_sums(isa))), sums[0]);
+                #[cfg(feature = "half")]
+                {
+                    let (ones, mut bits) = (core::array::from_fn::<u16, 16, _>(|lane| 0x3f80 + lane as u16), [0; 16]);
+                    isa.store_bf16(isa.load_bf16(ones.as_ptr()), bits.as_mut_ptr());
+                    assert_eq!(bits, ones);
+                    isa.store_f16(isa.load_f16(ones.as_ptr()), bits.as_mut_ptr());
+                    assert_eq!(bits, ones);
+                    assert_eq!(
+                        stored(isa.load_bf16(ones.as_ptr())),
+                        ones.map(|bits| half::bf16::from_bits(bits).to_f32())
+                    );
+                    assert_eq!(
+                        stored(isa.load_f16(ones.as_ptr())),
+                        ones.map(|bits| half::f16::from_bits(bits).to_f32())
+                    );
+                }
+            }
+        }
+    }
+
+    struct Apart;
+
+    impl Kernel for Apart {
+        type Output = ();
+        fn run<I: Isa>(self, isa: I) {
+            isa.apart().call(Ordered);
+        }
+    }
+
+    #[test]
+    fn lanes_have_the_same_order_on_each_tier() {
+        for tier in Tier::available() {
+            let tier = Dispatched::new(tier).unwrap();
+            dispatch(tier, Ordered);
+            dispatch(tier, Apart);
         }
     }
 }

@@ -12,6 +12,12 @@ impl Isa for Portable {
     const TIER: Tier = Tier::Portable;
     type F32 = f32x16;
     type F64 = f64x8;
+    type Apart = Self;
+
+    #[inline(always)]
+    fn apart(self) -> Self {
+        self
+    }
 
     #[inline(always)]
     fn call<P: Part<Self>>(self, part: P) -> P::Output {

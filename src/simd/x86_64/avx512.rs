@@ -33,6 +33,12 @@ impl Isa for Avx512 {
     const TIER: Tier = Tier::Avx512;
     type F32 = F32;
     type F64 = F64;
+    type Apart = Self;
+
+    #[inline(always)]
+    fn apart(self) -> Self {
+        self
+    }
 
     #[inline(always)]
     fn call<P: Part<Self>>(self, part: P) -> P::Output {
