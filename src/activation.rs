@@ -55,12 +55,16 @@ impl<P: Real> Bend<P> {
         Self { slope: P::from_f64(slope), kept: P::from_f64(kept) }
     }
 
+    /// Whether it is ReLU, which leaves zeros.
+    pub(crate) fn is_relu(self) -> bool {
+        self.kept <= P::default()
+    }
+
     /// `value` where `gate` is positive or a NaN, bent elsewhere.
     #[inline(always)]
     pub(crate) fn apply<I: Isa, V: Vector<I, Scalar = P>>(self, isa: I, gate: V, value: V) -> V {
         // Zero for ReLU. Not a branch: it would double each loop.
-        let bent =
-            value.mul(V::splat(isa, self.slope)).unless_positive(V::splat(isa, self.kept), V::splat(isa, P::default()));
+        let bent = value.mul(V::splat(isa, self.slope)).where_positive(V::splat(isa, self.kept));
         value.unless_positive(gate, bent)
     }
 
@@ -68,7 +72,7 @@ impl<P: Real> Bend<P> {
     #[inline(always)]
     pub(crate) fn scalar<R: Real>(self, gate: P, value: R) -> R {
         match gate <= P::default() {
-            true if self.kept <= P::default() => R::default(),
+            true if self.is_relu() => R::default(),
             true => value * R::from_f64(self.slope.to_f64()),
             false => value,
         }

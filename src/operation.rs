@@ -5,14 +5,14 @@
 
 use core::ops::Range;
 
-use crate::activation::Bend;
+use crate::activation::{Activation, Bend};
 use crate::affine::{Affine, Trained};
 use crate::backward::{Channels, Upstreams};
 use crate::element::{Element, Real};
 use crate::forward::{MomentsOf, Statistics, each, lines};
 use crate::kernel::gradient::{Pair, Upstream};
 use crate::kernel::map::Target;
-use crate::kernel::normalize::{Activated, Normalize};
+use crate::kernel::normalize::{Activated, Normalize, Rectified};
 use crate::moments::{AffineGradientsTo, GradientSums, Keep, MomentsTo, Recorder, Saved, SumsTo, inv_std, reach};
 use crate::pass::{BATCH, Context, Each};
 use crate::running::Population;
@@ -150,12 +150,26 @@ pub(crate) struct NormalizeTo<'a, E: Element> {
     pub(crate) y: Target<'a, E>,
 }
 
+/// What follows scale and offset.
+enum Tail<'a, E: Element> {
+    None,
+    /// ReLU alone.
+    Relu,
+    /// Whatever else.
+    Any(Activated<'a, E>),
+}
+
 impl<'a, E: Element> NormalizeTo<'a, E> {
-    /// The kernel with all that follows scale and offset.
-    fn activated(&self) -> Activated<'a, E> {
+    /// What follows scale and offset.
+    fn tail(&self) -> Tail<'a, E> {
         let residual = self.affine.residual.map(|residual| Source::new(residual, Side::Y));
-        let gates = self.affine.recording();
-        Activated { normalize: Normalize(self.x), residual, bend: Bend::new(self.affine.activation), gates }
+        match (self.affine.activation, residual, self.affine.recording()) {
+            _ if self.affine.is_last() => Tail::None,
+            (Activation::Relu, None, None) => Tail::Relu,
+            (activation, residual, gates) => {
+                Tail::Any(Activated { normalize: Normalize(self.x), residual, bend: Bend::new(activation), gates })
+            }
+        }
     }
 }
 
@@ -204,9 +218,10 @@ impl<'a, E: Element> Operation<'a, E> {
                 };
                 // SAFETY: see above.
                 unsafe {
-                    match affine.is_last() {
-                        true => context.run(&MomentsOf(x), &close, Normalize(x), y, scratch),
-                        false => context.run(&MomentsOf(x), &close, normalize.activated(), y, scratch),
+                    match normalize.tail() {
+                        Tail::None => context.run(&MomentsOf(x), &close, Normalize(x), y, scratch),
+                        Tail::Relu => context.run(&MomentsOf(x), &close, Rectified(Normalize(x)), y, scratch),
+                        Tail::Any(all) => context.run(&MomentsOf(x), &close, all, y, scratch),
                     }
                 }
             }
@@ -216,9 +231,10 @@ impl<'a, E: Element> Operation<'a, E> {
                 let coefficients = |channels| dispatch(context.tier, FromOrigin { trained, origin: &origin, channels });
                 // SAFETY: see above.
                 unsafe {
-                    match affine.is_last() {
-                        true => context.apply(Normalize(x), &coefficients, y, scratch),
-                        false => context.apply(normalize.activated(), &coefficients, y, scratch),
+                    match normalize.tail() {
+                        Tail::None => context.apply(Normalize(x), &coefficients, y, scratch),
+                        Tail::Relu => context.apply(Rectified(Normalize(x)), &coefficients, y, scratch),
+                        Tail::Any(all) => context.apply(all, &coefficients, y, scratch),
                     }
                 }
             }
@@ -235,7 +251,7 @@ impl<'a, E: Element> Operation<'a, E> {
                     match from.gated() {
                         _ if from.channels.saved.frozen => frozen(from, dx, &out, context, scratch),
                         None => backward::<_, _, 2, 6>(from, from.dy, dx, &out, context, scratch),
-                        Some(gated) if let Some(gated) = gated.by_argument() => {
+                        Some(gated) if let Some(gated) = gated.rectified() => {
                             backward::<_, _, 4, 7>(from, gated, dx, &out, context, scratch)
                         }
                         Some(gated) => backward::<_, _, 4, 7>(from, gated, dx, &out, context, scratch),
@@ -247,7 +263,7 @@ impl<'a, E: Element> Operation<'a, E> {
                 unsafe {
                     match from.gated() {
                         None => gradient_sums::<_, _, 2>(from, from.dy, &out, context, scratch),
-                        Some(gated) if let Some(gated) = gated.by_argument() => {
+                        Some(gated) if let Some(gated) = gated.rectified() => {
                             gradient_sums::<_, _, 4>(from, gated, &out, context, scratch)
                         }
                         Some(gated) => gradient_sums::<_, _, 4>(from, gated, &out, context, scratch),
@@ -264,7 +280,7 @@ impl<'a, E: Element> Operation<'a, E> {
                             context.apply(from.passed(true), &|channels| from.channels.lines(channels), dx, scratch);
                         }
                         None => input_gradient::<_, _, 6>(from, from.dy, dx, sums, context, scratch),
-                        Some(gated) if let Some(gated) = gated.by_argument() => {
+                        Some(gated) if let Some(gated) = gated.rectified() => {
                             input_gradient::<_, _, 7>(from, gated, dx, sums, context, scratch)
                         }
                         Some(gated) => input_gradient::<_, _, 7>(from, gated, dx, sums, context, scratch),

@@ -103,10 +103,9 @@ pub(crate) enum Gate<'a, E> {
     Bits(Recorded<'a>),
 }
 
-/// `dy` where the activation's argument was positive, bent elsewhere. The commonest gate, the argument to which nothing was added, may be
-/// `KNOWN` when compiled: a look at the gate in each vector splits loops, so that vectors are kept in memory between.
+/// `dy` where the activation's argument was positive, bent elsewhere.
 #[derive(Clone, Copy)]
-pub(crate) struct Gated<'a, E: Element, const KNOWN: bool = false> {
+pub(crate) struct Gated<'a, E: Element> {
     pub(crate) dy: Source<'a, E>,
     pub(crate) gate: Gate<'a, E>,
     pub(crate) bend: Bend<E::Param>,
@@ -114,32 +113,24 @@ pub(crate) struct Gated<'a, E: Element, const KNOWN: bool = false> {
     pub(crate) unbend: Bend<E::Param>,
 }
 
-impl<'a, E: Element, const KNOWN: bool> Gated<'a, E, KNOWN> {
-    #[inline(always)]
-    fn gate(&self) -> Gate<'a, E> {
-        if KNOWN { Gate::Argument(None) } else { self.gate }
-    }
-
+impl<'a, E: Element> Gated<'a, E> {
     /// Whether the input is read to see the sign.
     fn recomputes(&self) -> bool {
-        matches!(self.gate(), Gate::Argument(_))
+        matches!(self.gate, Gate::Argument(_))
+    }
+
+    /// The same where it is ReLU of the argument to which nothing was added.
+    pub(crate) fn rectified(self) -> Option<Rectified<'a, E>> {
+        (matches!(self.gate, Gate::Argument(None)) && self.bend.is_relu()).then_some(Rectified(self.dy))
     }
 }
 
-impl<'a, E: Element> Gated<'a, E> {
-    /// The same with the gate `KNOWN`, if that is the argument alone.
-    pub(crate) fn by_argument(self) -> Option<Gated<'a, E, true>> {
-        let Self { dy, gate, bend, unbend } = self;
-        matches!(gate, Gate::Argument(None)).then_some(Gated { dy, gate, bend, unbend })
-    }
-}
-
-impl<E: Element, const KNOWN: bool> Packs<E> for Gated<'_, E, KNOWN> {
+impl<E: Element> Packs<E> for Gated<'_, E> {
     unsafe fn packed(self, pack: &mut Pack<'_, '_, E>) -> Self {
         // SAFETY: the caller's promise, for all.
         unsafe {
             let dy = pack.pack(self.dy);
-            let gate = match self.gate() {
+            let gate = match self.gate {
                 Gate::Argument(residual) => Gate::Argument(residual.map(|residual| pack.pack(residual))),
                 Gate::Output(output) => Gate::Output(pack.pack(output)),
                 Gate::Bits(gates) => Gate::Output(self.dy.moved_to(pack.unfold(gates))),
@@ -149,11 +140,11 @@ impl<E: Element, const KNOWN: bool> Packs<E> for Gated<'_, E, KNOWN> {
     }
 }
 
-impl<E: Element, const KNOWN: bool> Upstream<E> for Gated<'_, E, KNOWN> {
+impl<E: Element> Upstream<E> for Gated<'_, E> {
     #[inline(always)]
     fn rebuild<I: Isa>(&self, isa: I, x: Compute<I, E>) -> Compute<I, E> {
         // Only an output is bent; a branch that never changes costs less than the bend.
-        match self.gate() {
+        match self.gate {
             Gate::Output(_) => self.unbend.apply(isa, x, x),
             _ => x,
         }
@@ -176,7 +167,7 @@ impl<E: Element, const KNOWN: bool> Upstream<E> for Gated<'_, E, KNOWN> {
         // SAFETY: the caller's promise, for all.
         unsafe {
             let dy = self.dy.load::<I, FULL>(isa, at, n);
-            let gate = match self.gate() {
+            let gate = match self.gate {
                 Gate::Argument(None) => centred.mul(scale).add(shift),
                 Gate::Argument(Some(residual)) => {
                     centred.mul(scale).add(shift).add(residual.load::<I, FULL>(isa, at, n))
@@ -192,7 +183,7 @@ impl<E: Element, const KNOWN: bool> Upstream<E> for Gated<'_, E, KNOWN> {
     unsafe fn wide(&self, centred: E::Param, [scale, shift]: [E::Param; 2], at: usize) -> f64 {
         // SAFETY: the caller's promise.
         let value = |of: Source<'_, E>| unsafe { of.get(at) };
-        let gate = match self.gate() {
+        let gate = match self.gate {
             Gate::Argument(None) => centred * scale + shift,
             Gate::Argument(Some(residual)) => centred * scale + shift + value(residual),
             Gate::Output(output) => value(output),
@@ -204,11 +195,51 @@ impl<E: Element, const KNOWN: bool> Upstream<E> for Gated<'_, E, KNOWN> {
     #[inline(always)]
     fn prefetch<I: Isa>(&self, isa: I, at: usize) {
         self.dy.prefetch(isa, at);
-        match self.gate() {
+        match self.gate {
             Gate::Argument(None) => (),
             Gate::Argument(Some(source)) | Gate::Output(source) => source.prefetch(isa, at),
             Gate::Bits(gates) => isa.prefetch(gates.address(at)),
         }
+    }
+}
+
+/// `dy` where the argument of ReLU was positive: the commonest gate, known when compiled. A look at the gate in each vector splits
+/// loops, so that vectors are kept in memory between.
+#[derive(Clone, Copy)]
+pub(crate) struct Rectified<'a, E>(Source<'a, E>);
+
+impl<E: Element> Packs<E> for Rectified<'_, E> {
+    unsafe fn packed(self, pack: &mut Pack<'_, '_, E>) -> Self {
+        // SAFETY: the caller's promise.
+        Self(unsafe { pack.pack(self.0) })
+    }
+}
+
+impl<E: Element> Upstream<E> for Rectified<'_, E> {
+    #[inline(always)]
+    unsafe fn at<I: Isa, const FULL: bool>(
+        &self,
+        isa: I,
+        centred: Compute<I, E>,
+        [scale, shift]: [Compute<I, E>; 2],
+        at: usize,
+        n: usize,
+    ) -> Compute<I, E> {
+        // SAFETY: the caller's promise.
+        let dy = unsafe { self.0.load::<I, FULL>(isa, at, n) };
+        dy.where_positive(centred.mul(scale).add(shift))
+    }
+
+    #[inline(always)]
+    unsafe fn wide(&self, centred: E::Param, [scale, shift]: [E::Param; 2], at: usize) -> f64 {
+        // SAFETY: the caller's promise.
+        let dy = unsafe { self.0.get(at) };
+        if centred * scale + shift <= E::Param::default() { 0.0 } else { dy.to_f64() }
+    }
+
+    #[inline(always)]
+    fn prefetch<I: Isa>(&self, isa: I, at: usize) {
+        self.0.prefetch(isa, at);
     }
 }
 

@@ -51,6 +51,39 @@ impl<E: Element> Map<3> for Normalize<'_, E> {
     }
 }
 
+/// `y` from `x` behind ReLU, which most activations are.
+#[derive(Clone, Copy)]
+pub(crate) struct Rectified<'a, E>(pub(crate) Normalize<'a, E>);
+
+impl<E: Element> Packs<E> for Rectified<'_, E> {
+    unsafe fn packed(self, pack: &mut Pack<'_, '_, E>) -> Self {
+        // SAFETY: the caller's promise.
+        Self(unsafe { self.0.packed(pack) })
+    }
+}
+
+impl<E: Element> Map<3> for Rectified<'_, E> {
+    type Element = E;
+
+    #[inline(always)]
+    unsafe fn raw<I: Isa, const FULL: bool>(
+        &self,
+        isa: I,
+        params: &[Compute<I, E>; 3],
+        at: usize,
+        n: usize,
+    ) -> Compute<I, E> {
+        // SAFETY: the caller's promise.
+        let value = unsafe { self.0.raw::<I, FULL>(isa, params, at, n) };
+        value.where_positive(value)
+    }
+
+    #[inline(always)]
+    fn prefetch<I: Isa>(&self, isa: I, at: usize) {
+        self.0.prefetch(isa, at);
+    }
+}
+
 /// `y` from `x`, with a residual if there is one, bent.
 #[derive(Clone, Copy)]
 pub(crate) struct Activated<'a, E: Element> {

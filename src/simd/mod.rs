@@ -172,6 +172,8 @@ pub trait Vector<I: Isa>: Copy {
     fn positive(self) -> u32;
     /// One in the lanes whose bits are set, zero elsewhere.
     fn of_bits(isa: I, bits: u32) -> Self;
+    /// The lanes of this where `gate` is positive or a NaN, zero elsewhere.
+    fn where_positive(self, gate: Self) -> Self;
     /// The lanes of this where `gate` is positive or a NaN, of `bent` elsewhere.
     fn unless_positive(self, gate: Self, bent: Self) -> Self;
     /// Lane-wise sum.

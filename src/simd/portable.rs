@@ -147,6 +147,10 @@ macro_rules! wide_vector {
                 Self::new(core::array::from_fn(|lane| if bits >> lane & 1 == 1 { 1.0 } else { 0.0 }))
             }
             #[inline(always)]
+            fn where_positive(self, gate: Self) -> Self {
+                self.unless_positive(gate, Self::ZERO)
+            }
+            #[inline(always)]
             fn unless_positive(self, gate: Self, bent: Self) -> Self {
                 gate.simd_le(Self::ZERO).select(bent, self)
             }

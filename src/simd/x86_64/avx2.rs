@@ -318,6 +318,15 @@ impl<const APART: bool> Vector<Avx2<APART>> for F32<APART> {
         Self([ones(0), ones(1)])
     }
     #[inline(always)]
+    fn where_positive(self, gate: Self) -> Self {
+        // SAFETY: `self` proves AVX2.
+        let lanes = |i: usize| unsafe {
+            let open = _mm256_cmp_ps::<_CMP_NLE_UQ>(gate.0[i], _mm256_setzero_ps());
+            _mm256_and_ps(self.0[i], open)
+        };
+        Self([lanes(0), lanes(1)])
+    }
+    #[inline(always)]
     fn unless_positive(self, gate: Self, bent: Self) -> Self {
         // SAFETY: `self` proves AVX2.
         let lanes = |i: usize| unsafe {
@@ -466,6 +475,15 @@ impl<const APART: bool> Vector<Avx2<APART>> for F64 {
             _mm256_and_pd(open, _mm256_set1_pd(1.0))
         };
         Self([lanes(bits), lanes(bits >> 4)])
+    }
+    #[inline(always)]
+    fn where_positive(self, gate: Self) -> Self {
+        // SAFETY: `self` proves AVX2.
+        let lanes = |i: usize| unsafe {
+            let open = _mm256_cmp_pd::<_CMP_NLE_UQ>(gate.0[i], _mm256_setzero_pd());
+            _mm256_and_pd(self.0[i], open)
+        };
+        Self([lanes(0), lanes(1)])
     }
     #[inline(always)]
     fn unless_positive(self, gate: Self, bent: Self) -> Self {

@@ -205,6 +205,14 @@ impl Vector<Avx512> for F32 {
         unsafe { Self(_mm512_maskz_mov_ps(bits as __mmask16, _mm512_set1_ps(1.0))) }
     }
     #[inline(always)]
+    fn where_positive(self, gate: Self) -> Self {
+        // SAFETY: `self` proves AVX-512.
+        unsafe {
+            let open = _mm512_cmp_ps_mask::<_CMP_NLE_UQ>(gate.0, _mm512_setzero_ps());
+            Self(_mm512_maskz_mov_ps(open, self.0))
+        }
+    }
+    #[inline(always)]
     fn unless_positive(self, gate: Self, bent: Self) -> Self {
         // SAFETY: `self` proves AVX-512.
         unsafe {
@@ -309,6 +317,14 @@ impl Vector<Avx512> for F64 {
     fn of_bits(_: Avx512, bits: u32) -> Self {
         // SAFETY: the argument proves AVX-512.
         unsafe { Self(_mm512_maskz_mov_pd(bits as __mmask8, _mm512_set1_pd(1.0))) }
+    }
+    #[inline(always)]
+    fn where_positive(self, gate: Self) -> Self {
+        // SAFETY: `self` proves AVX-512.
+        unsafe {
+            let open = _mm512_cmp_pd_mask::<_CMP_NLE_UQ>(gate.0, _mm512_setzero_pd());
+            Self(_mm512_maskz_mov_pd(open, self.0))
+        }
     }
     #[inline(always)]
     fn unless_positive(self, gate: Self, bent: Self) -> Self {
