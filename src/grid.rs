@@ -19,6 +19,10 @@ const ROWS_BLOCK: usize = 262144;
 const ROWS_PER_BLOCK: (usize, usize) = (512, 4096);
 /// Rows at most this long are joined until their length is a multiple of a vector.
 const JOIN_BELOW: usize = 128;
+/// Elements that maps treat as one row, where one has fewer.
+const SPAN: usize = 64;
+/// The fewest such rows for which the parameters of more columns are worth their while.
+const SPANS: usize = 16;
 /// The number of tiles of columns is chosen freely: columns do not share sums.
 const TILE: usize = 4 * MAX_LANES;
 /// Bytes of one tensor below which waking threads costs more than they bring, and those worth one more.
@@ -220,9 +224,15 @@ impl Rows {
         self.joined() * self.channels
     }
 
-    /// The length of arrays with a value per column: the period, a vector more and a lead, up to whole vectors.
+    /// Elements of the periods that maps treat as one row, so that they are seldom at its end; no more than tensors have several of.
+    pub(crate) fn span(&self) -> usize {
+        let repeats = (SPAN / self.period()).min(self.rows / (SPANS * self.joined()));
+        repeats.max(1) * self.period()
+    }
+
+    /// The length of arrays with a value per column: the span, a vector more and a lead, up to whole vectors.
     pub(crate) fn padded(&self) -> usize {
-        (self.period() + 2 * MAX_LANES).next_multiple_of(MAX_LANES)
+        (self.span() + 2 * MAX_LANES).next_multiple_of(MAX_LANES)
     }
 
     /// Ranges of columns to give `tasks` tasks to threads where the blocks alone do not; columns are independent,

@@ -17,6 +17,8 @@ const STRIP: usize = 4 << 10;
 const AHEAD: usize = 2 << 10;
 /// The same from memory.
 const AHEAD_STREAMED: usize = 8 << 10;
+/// The same in rows of as many bytes or more.
+const AHEAD_IN_ROW: usize = 1 << 10;
 
 /// A value per element, made of `K` parameters of the channel.
 pub(crate) trait Map<const K: usize>: Packs<Self::Element> + Sync {
@@ -409,7 +411,9 @@ pub(crate) unsafe fn over_rows<I: Isa, M: Map<K>, const K: usize>(
             i += rows * period;
         }
         let vectors = (len - i) / lanes;
-        whole(isa, map, &mut params, (start + i, vectors), target.ahead(), target);
+        let in_row = AHEAD_IN_ROW / size_of::<M::Element>();
+        let ahead = if target.streaming && period >= in_row { in_row } else { target.ahead() };
+        whole(isa, map, &mut params, (start + i, vectors), ahead, target);
         i += vectors * lanes;
         if i < len {
             isa.call(Partial { map, params, at: start + i, n: len - i, target });

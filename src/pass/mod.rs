@@ -630,7 +630,7 @@ impl<'v> Context<'v> {
         let stretches = self.stretches(len, rows.period(), target);
         for_each_piece(self.workers, stretches.count(), &|piece, range| {
             for elements in order.over(range).map(|i| stretches.get(i)) {
-                let column = elements.start % rows.period();
+                let column = elements.start % rows.span();
                 let Some(views) = self.views else {
                     dispatch(self.tier, rows::Write { rows, column, lead, elements, map, target, coefficients });
                     continue;
@@ -720,12 +720,11 @@ unsafe fn set_columns<P: Copy, const K: usize>(
             // SAFETY: columns of the channels.
             copy(unsafe { out.slice(at..at + values.len()) }, values);
         };
-        for joined in 0..rows.joined() {
-            let column = joined * rows.channels + channels.start;
+        for column in (channels.start..rows.span()).step_by(rows.channels) {
             put(column, &values[..channels.len()]);
             // The first columns stand once more after the last.
             if column < MAX_LANES {
-                put(rows.period() + column, &values[..channels.len().min(MAX_LANES - column)]);
+                put(rows.span() + column, &values[..channels.len().min(MAX_LANES - column)]);
             }
         }
     }

@@ -122,7 +122,7 @@ impl<E: Storage, M: Map<K, Element = E>, const K: usize> Kernel for Write<'_, E,
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
         let Self { map, target, column, lead, .. } = self;
-        let (period, padded) = (self.rows.period(), self.rows.padded());
+        let (period, padded) = (self.rows.span(), self.rows.padded());
         let params = Periodic { params: self.coefficients, period, padded, lead, column };
         let at = (self.elements.start, self.elements.len());
         // SAFETY: the rows come from the grid, and no other piece has them.
