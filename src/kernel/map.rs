@@ -17,7 +17,7 @@ const STRIP: usize = 4 << 10;
 const AHEAD: usize = 2 << 10;
 /// The same from memory.
 const AHEAD_STREAMED: usize = 8 << 10;
-/// The same in rows of as many bytes or more.
+/// The same from anywhere in rows of as many bytes or more.
 const AHEAD_IN_ROW: usize = 1 << 10;
 
 /// A value per element, made of `K` parameters of the channel.
@@ -412,7 +412,7 @@ pub(crate) unsafe fn over_rows<I: Isa, M: Map<K>, const K: usize>(
         }
         let vectors = (len - i) / lanes;
         let in_row = AHEAD_IN_ROW / size_of::<M::Element>();
-        let ahead = if target.streaming && period >= in_row { in_row } else { target.ahead() };
+        let ahead = if period >= in_row { in_row } else { target.ahead() };
         whole(isa, map, &mut params, (start + i, vectors), ahead, target);
         i += vectors * lanes;
         if i < len {
