@@ -16,7 +16,7 @@ use crate::pass::{Context, Given};
 use crate::running::{Momentum, Population, Running, Variance, check_variances};
 use crate::scratch::{Need, Pool};
 use crate::shape::Shape;
-use crate::simd::{Dispatched, Storage, Tier};
+use crate::simd::{Dispatched, Storage, Tier, largest_cache};
 use crate::tensor::{Disjoint, InOut, Side, Source};
 use crate::view::{View, Views};
 
@@ -35,9 +35,9 @@ pub enum Stores {
 
 /// Bytes of a tensor from which on it comes from memory: it is read ahead, and once if it can be.
 const LARGE: usize = 8 << 20;
-/// Bytes that a pass reads and writes from which on its results go past the caches, on one thread and on more: those read a cache that
-/// they share faster, but write past it no faster.
-const STREAMED: [usize; 2] = [12 << 20, 16 << 20];
+/// Quarters of the largest cache that a pass reads and writes from which on its results go past the caches, on one thread and on more:
+/// those read a cache that they share faster, but write past it no faster.
+const STREAMED: [usize; 2] = [2, 3];
 
 /// Batch Normalization (Ioffe & Szegedy 2015) of tensors of one shape and element type.
 ///
@@ -306,7 +306,7 @@ impl<E: Element> BatchNorm<E> {
                 Stores::Streaming => true,
                 Stores::Auto => {
                     let several = self.parallelism.workers(bytes) > 1;
-                    bytes.saturating_mul(tensors) >= STREAMED[usize::from(several)]
+                    bytes.saturating_mul(tensors) >= largest_cache() / 4 * STREAMED[usize::from(several)]
                 }
             }
     }

@@ -13,6 +13,8 @@ mod portable;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
+use std::sync::OnceLock;
+
 use crate::element::{Element, Real};
 
 pub(crate) use dispatch::{Dispatched, Kernel, dispatch};
@@ -20,6 +22,16 @@ pub use dispatch::{Part, Tier};
 
 /// Lanes of the widest logical vector (f32); buffers for one vector are this long.
 pub(crate) const MAX_LANES: usize = 16;
+
+/// Bytes of the cache that all of a tensor may lie in: the largest of the CPU, or what many have.
+pub(crate) fn largest_cache() -> usize {
+    static BYTES: OnceLock<usize> = OnceLock::new();
+    #[cfg(target_arch = "x86_64")]
+    let find = x86_64::largest_cache;
+    #[cfg(not(target_arch = "x86_64"))]
+    let find = || None;
+    *BYTES.get_or_init(|| find().unwrap_or(32 << 20))
+}
 
 /// A set of instructions: the vectors it computes on and its conversions of half-width floats.
 pub trait Isa: Copy + Send + Sync {
