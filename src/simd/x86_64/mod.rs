@@ -14,11 +14,13 @@ pub(super) fn largest_cache() -> Option<usize> {
         let caches = if __cpuid(range).eax >= leaf { 0..8 } else { 0..0 };
         caches.map(move |cache| __cpuid_count(leaf, cache)).take_while(|cache| cache.eax & 0x1f != 0)
     };
-    let bytes = |cache: CpuidResult| {
-        let [line, partitions, ways] = [0, 12, 22].map(|first| (cache.ebx >> first & 0x3ff) as usize + 1);
-        line * partitions * ways * (cache.ecx as usize + 1)
-    };
-    listed(0, 4).chain(listed(0x8000_0000, 0x8000_001d)).map(bytes).max()
+    listed(0, 4).chain(listed(0x8000_0000, 0x8000_001d)).map(bytes_of).max()
+}
+
+/// The bytes of a cache of that form: those of a line, partitions of a line, ways and sets, each less one.
+fn bytes_of(cache: CpuidResult) -> usize {
+    let [line, partitions, ways] = [0, 12, 22].map(|first| (cache.ebx >> first & 0x3ff) as usize + 1);
+    line * partitions * ways * (cache.ecx as usize + 1)
 }
 
 /// The sum of four lanes: the upper half is added to the lower one until one is left.
@@ -31,5 +33,20 @@ unsafe fn fold_four(four: __m256d) -> f64 {
     unsafe {
         let two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd::<1>(four));
         _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn caches_have_the_size_that_their_parts_make() {
+        let of = |ebx, ecx| bytes_of(CpuidResult { eax: 0x121, ebx, ecx, edx: 0 });
+        // 8 ways of 64 sets, 16 of 32768, 11 of 65536, lines of 64 bytes.
+        assert_eq!(of(0x01c0_003f, 63), 32 << 10);
+        assert_eq!(of(0x03c0_003f, 32767), 32 << 20);
+        assert_eq!(of(0x0280_003f, 65535), 44 << 20);
+        assert!(largest_cache().is_none_or(|bytes| bytes >= 128 << 10));
     }
 }
