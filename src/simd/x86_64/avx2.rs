@@ -21,15 +21,15 @@ pub struct F32<const APART: bool = false>([__m256; 2]);
 
 impl<const APART: bool> F32<APART> {
     /// The lane in each place.
-    const LANES: [[i32; 8]; 2] = match APART {
+    const PLACES: [[i32; 8]; 2] = match APART {
         false => [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15]],
         true => [[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]],
     };
 
-    /// [`Self::LANES`], of each register.
+    /// [`Self::PLACES`], of each register.
     #[inline(always)]
     fn lanes(_: Avx2<APART>) -> [__m256i; 2] {
-        let [a, b] = &Self::LANES;
+        let [a, b] = &Self::PLACES;
         // SAFETY: the argument proves AVX2; both are 32 bytes.
         unsafe { [_mm256_loadu_si256(a.as_ptr().cast()), _mm256_loadu_si256(b.as_ptr().cast())] }
     }
