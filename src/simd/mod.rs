@@ -23,7 +23,7 @@ pub use dispatch::{Part, Tier};
 /// Lanes of the widest logical vector (f32); buffers for one vector are this long.
 pub(crate) const MAX_LANES: usize = 16;
 
-/// Bytes of the cache that all of a tensor may lie in: the largest of the CPU, or what many have.
+/// Bytes of the cache that all of a tensor may lie in: the largest that the CPU tells of, or what many have.
 pub(crate) fn largest_cache() -> usize {
     static BYTES: OnceLock<usize> = OnceLock::new();
     #[cfg(target_arch = "x86_64")]

@@ -8,13 +8,15 @@ mod avx512;
 pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 
-/// Bytes of the largest cache that the CPU tells of (CPUID leaf 4 of Intel, 8000001D of AMD, both of one form).
+/// Bytes of the largest cache behind the first two levels that the CPU tells of (CPUID leaf 4 of Intel, 8000001D of AMD, both of one
+/// form). A virtual machine may hide it; the second level would then be a bad guess.
 pub(super) fn largest_cache() -> Option<usize> {
     let listed = |range: u32, leaf: u32| {
         let caches = if __cpuid(range).eax >= leaf { 0..8 } else { 0..0 };
         caches.map(move |cache| __cpuid_count(leaf, cache)).take_while(|cache| cache.eax & 0x1f != 0)
     };
-    listed(0, 4).chain(listed(0x8000_0000, 0x8000_001d)).map(bytes_of).max()
+    let last = |cache: &CpuidResult| cache.eax >> 5 & 7 > 2;
+    listed(0, 4).chain(listed(0x8000_0000, 0x8000_001d)).filter(last).map(bytes_of).max()
 }
 
 /// The bytes of a cache of that form: those of a line, partitions of a line, ways and sets, each less one.
@@ -47,6 +49,6 @@ mod tests {
         assert_eq!(of(0x01c0_003f, 63), 32 << 10);
         assert_eq!(of(0x03c0_003f, 32767), 32 << 20);
         assert_eq!(of(0x0280_003f, 65535), 44 << 20);
-        assert!(largest_cache().is_none_or(|bytes| bytes >= 128 << 10));
+        assert!(largest_cache().is_none_or(|bytes| bytes >= 1 << 20));
     }
 }
