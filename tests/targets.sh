@@ -18,7 +18,7 @@ mkdir -p "$package"
 {
     sed '/^\[dev-dependencies\]/,$d' Cargo.toml
     printf '[dev-dependencies]\nproptest = { version = "1.12", default-features = false, features = ["std"] }\n'
-    grep -E '^rand(_chacha)? = ' Cargo.toml
+    sed -n '/^\[dev-dependencies\]/,/^$/p' Cargo.toml | grep -E '^rand(_chacha)? = '
     printf '[lib]\npath = "%s/src/lib.rs"\n' "$root"
     printf '[[example]]\nname = "tiers"\npath = "%s/examples/tiers.rs"\n' "$root"
     for test in tests/*.rs tests/*/main.rs; do
