@@ -224,7 +224,7 @@ impl Rows {
         self.joined() * self.channels
     }
 
-    /// Elements of the periods that maps treat as one row, so that they are seldom at its end; no more than tensors have several of.
+    /// Elements of the periods that maps treat as one row, so that they are seldom at its end: one period if there are few rows.
     pub(crate) fn span(&self) -> usize {
         let repeats = (SPAN / self.period()).min(self.rows / (SPANS * self.joined()));
         repeats.max(1) * self.period()

@@ -24,7 +24,8 @@ use crate::view::{View, Views};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Stores {
-    /// Past the caches where the tensor is far larger than them, and through them otherwise.
+    /// Past the caches where all that a pass reads and writes is more than half of the largest, or three quarters with several threads,
+    /// and through them otherwise.
     #[default]
     Auto,
     /// Through the caches: for a tensor that is read again at once.
