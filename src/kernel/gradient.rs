@@ -23,6 +23,9 @@ use crate::view::{Pack, Packs};
 
 /// Where the gradient of the affine part's output comes from: `dy` itself, or what an activation lets through of it.
 pub(crate) trait Upstream<E: Element>: Packs<E> + Sync {
+    /// Whether anything may stand beyond the elements of [`Upstream::at`] and [`Upstream::rebuild`]: zero times an infinite slope.
+    const SPILLS: bool = false;
+
     /// Its elements from `at`: of a whole vector if `FULL`, else the first `n` and zeros. `centred` are those of `x - hi`,
     /// and `line` the forward pass's `[scale, shift]`.
     ///
@@ -141,6 +144,8 @@ impl<E: Element> Packs<E> for Gated<'_, E> {
 }
 
 impl<E: Element> Upstream<E> for Gated<'_, E> {
+    const SPILLS: bool = true;
+
     #[inline(always)]
     fn rebuild<I: Isa>(&self, isa: I, x: Compute<I, E>) -> Compute<I, E> {
         // Only an output is bent; a branch that never changes costs less than the bend.
@@ -331,7 +336,12 @@ impl<I: Isa, E: Element, U: Upstream<E>, const K: usize> Terms<I, K> for Pair<'_
         unsafe {
             let centred = self.upstream.rebuild(isa, self.x.load_or::<I, FULL>(isa, at, n, hi)).sub(hi);
             let dy = self.upstream.at::<I, FULL>(isa, centred, [params[K - 2], params[K - 1]], at, n);
-            (dy, dy.mul(centred.mul(inv_std)))
+            let terms = (dy, dy.mul(centred.mul(inv_std)));
+            if FULL || !U::SPILLS {
+                return terms;
+            }
+            let zero = Self::Vector::splat(isa, Default::default());
+            (terms.0.first(n, zero), terms.1.first(n, zero))
         }
     }
 

@@ -653,6 +653,40 @@ fn outputs_that_do_not_tell_the_input_are_refused() {
     assert_eq!(back(Affine::new(&[-3e-4], &[1.0])), Ok(()));
 }
 
+/// Slopes that are infinite in f32, of an activation or of its inverse, where no value is bent: the lanes beyond the ends of runs and of
+/// rows must not be either.
+#[test]
+fn slopes_beyond_the_type_spoil_no_sums() {
+    let shapes = [4, 7, 8, 9, 15, 24].map(|plane| Shape::ncl(4, 3, plane)).into_iter().chain([Shape::nc(101, 3)]);
+    let shapes: Vec<_> = shapes.map(Result::unwrap).collect();
+    for (tier, shape) in tiers().into_iter().flat_map(|tier| shapes.iter().map(move |&shape| (tier, shape))) {
+        let [x, dy] = [1, 2].map(|seed| Data::Normal.fill::<f32>(shape.len(), seed));
+        let bn = plan::<f32>(shape, tier, Parallelism::Sequential);
+        let mut saved = bn.saved();
+        for (beta, slope, from_output) in [(10.0, 1e39, false), (-1.0, 1e-39, true)] {
+            let (gamma, beta) = ([1.0; 3], [beta; 3]);
+            let affine = Affine::new(&gamma, &beta).with_activation(Activation::LeakyRelu(slope));
+            let bn = bn.clone().with_backward_from_output(from_output);
+            let mut y = vec![0.0; shape.len()];
+            bn.forward_train(&x, affine, &mut y, &mut saved).unwrap();
+            y.iter_mut().for_each(|y| *y = y.abs() + 0.5);
+            let mut sums = [GradientSums::default(); 3];
+            let then = if from_output {
+                bn.gradient_sums(&y, &dy, &saved, affine, &mut sums).unwrap();
+                reference::gradient_sums_from_output(&shape, &y, &dy, &saved, affine)
+            } else {
+                let affine = affine.with_output(&y);
+                bn.gradient_sums(&x, &dy, &saved, affine, &mut sums).unwrap();
+                reference::gradient_sums(&shape, &x, &dy, &saved, affine)
+            };
+            for (sums, then) in sums.iter().zip(&then) {
+                assert!(sums.dy.is_finite() && sums.dy_xhat.is_finite());
+                assert_bits("sums", &[sums.dy, sums.dy_xhat], &[then.dy, then.dy_xhat]);
+            }
+        }
+    }
+}
+
 /// Coefficients so small that all products vanish: what is left of dx is a sign.
 #[test]
 fn zeros_keep_their_signs() {
