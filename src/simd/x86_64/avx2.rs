@@ -5,7 +5,7 @@ use core::arch::x86_64::*;
 use super::fold_four;
 use crate::simd::{Isa, Part, Tier, Vector};
 
-/// Proof that the CPU has AVX2 and F16C. If `APART`, vectors of f32 hold their lanes as unpacking leaves them.
+/// Proof that the CPU has AVX2 and F16C. If `APART`, vectors of f32 hold their lanes as two halves of a word are taken apart.
 #[derive(Debug, Clone, Copy)]
 pub struct Avx2<const APART: bool = false>(());
 
@@ -15,7 +15,7 @@ impl Avx2 {
     }
 }
 
-/// 16 lanes of f32: in order, or if `APART` with the second quarter in the place of the third.
+/// 16 lanes of f32: in order, or if `APART` even ones before odd ones.
 #[derive(Debug, Clone, Copy)]
 pub struct F32<const APART: bool = false>([__m256; 2]);
 
@@ -23,7 +23,7 @@ impl<const APART: bool> F32<APART> {
     /// The lane in each place.
     const PLACES: [[i32; 8]; 2] = match APART {
         false => [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15]],
-        true => [[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]],
+        true => [[0, 2, 4, 6, 8, 10, 12, 14], [1, 3, 5, 7, 9, 11, 13, 15]],
     };
 
     /// [`Self::PLACES`], of each register.
@@ -47,22 +47,30 @@ impl<const APART: bool> F32<APART> {
 
     /// Of lanes in order.
     #[inline(always)]
-    fn of([a, b]: [__m256; 2]) -> Self {
-        if APART { Self([a, b]).exchanged() } else { Self([a, b]) }
+    fn of(_: Avx2<APART>, [a, b]: [__m256; 2]) -> Self {
+        if !APART {
+            return Self([a, b]);
+        }
+        // SAFETY: the argument proves AVX2.
+        unsafe {
+            let (low, high) = (_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
+            let [even, odd] = [_mm256_shuffle_ps::<0x88>(low, high), _mm256_shuffle_ps::<0xdd>(low, high)];
+            Self([even, odd])
+        }
     }
 
     /// The lanes in order.
     #[inline(always)]
     fn in_order(self) -> [__m256; 2] {
-        if APART { self.exchanged().0 } else { self.0 }
-    }
-
-    /// With the two quarters in each other's place.
-    #[inline(always)]
-    fn exchanged(self) -> Self {
         let [a, b] = self.0;
+        if !APART {
+            return [a, b];
+        }
         // SAFETY: `self` proves AVX2.
-        unsafe { Self([_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b)]) }
+        unsafe {
+            let (low, high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+            [_mm256_permute2f128_ps::<0x20>(low, high), _mm256_permute2f128_ps::<0x31>(low, high)]
+        }
     }
 }
 
@@ -104,9 +112,9 @@ impl<const APART: bool> Isa for Avx2<APART> {
         // SAFETY: `self` proves AVX2; 16 values can be read, as the caller promises.
         unsafe {
             if APART {
-                let (zero, values) = (_mm256_setzero_si256(), _mm256_loadu_si256(from.cast()));
-                let (a, b) = (_mm256_unpacklo_epi16(zero, values), _mm256_unpackhi_epi16(zero, values));
-                return F32([_mm256_castsi256_ps(a), _mm256_castsi256_ps(b)]);
+                let pairs = _mm256_loadu_si256(from.cast());
+                let odd = _mm256_and_si256(pairs, _mm256_set1_epi32(!0xffff));
+                return F32([_mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs)), _mm256_castsi256_ps(odd)]);
             }
             // Eight values in both halves of a register, of which each half takes its own: one instruction after the load.
             let upper = _mm256_setr_epi8(
@@ -127,8 +135,8 @@ impl<const APART: bool> Isa for Avx2<APART> {
         unsafe {
             let [a, b] = [bf16_bits(self, value.0[0]), bf16_bits(self, value.0[1])];
             if APART {
-                let packed = _mm256_packus_epi32(_mm256_srli_epi32::<16>(a), _mm256_srli_epi32::<16>(b));
-                return _mm256_storeu_si256(to.cast(), packed);
+                let pairs = _mm256_blend_epi16::<0b1010_1010>(_mm256_srli_epi32::<16>(a), b);
+                return _mm256_storeu_si256(to.cast(), pairs);
             }
             // The upper halves of all lanes, within each half of the registers; the permutation puts the quarters in order.
             let low = _mm256_setr_epi8(
@@ -148,10 +156,10 @@ impl<const APART: bool> Isa for Avx2<APART> {
     unsafe fn load_f16(self, from: *const u16) -> F32<APART> {
         // SAFETY: `self` proves F16C; 16 values can be read, as the caller promises.
         unsafe {
-            F32::of([
-                _mm256_cvtph_ps(_mm_loadu_si128(from.cast())),
-                _mm256_cvtph_ps(_mm_loadu_si128(from.add(8).cast())),
-            ])
+            F32::of(
+                self,
+                [_mm256_cvtph_ps(_mm_loadu_si128(from.cast())), _mm256_cvtph_ps(_mm_loadu_si128(from.add(8).cast()))],
+            )
         }
     }
     #[cfg(feature = "half")]
@@ -170,7 +178,7 @@ impl<const APART: bool> Isa for Avx2<APART> {
         unsafe {
             let values = _mm_loadu_si128(from.cast());
             let wide = |values| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(values));
-            F32::of([wide(values), wide(_mm_srli_si128::<8>(values))])
+            F32::of(self, [wide(values), wide(_mm_srli_si128::<8>(values))])
         }
     }
     #[inline(always)]
@@ -244,16 +252,16 @@ impl<const APART: bool> Vector<Avx2<APART>> for F32<APART> {
         unsafe { Self([_mm256_set1_ps(value); 2]) }
     }
     #[inline(always)]
-    unsafe fn load(_: Avx2<APART>, from: *const f32) -> Self {
+    unsafe fn load(isa: Avx2<APART>, from: *const f32) -> Self {
         // SAFETY: the argument proves AVX2; 16 values can be read, as the caller promises.
-        unsafe { Self::of([_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))]) }
+        unsafe { Self::of(isa, [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))]) }
     }
     #[inline(always)]
-    unsafe fn load_first(_: Avx2<APART>, from: *const f32, n: usize, fill: Self) -> Self {
+    unsafe fn load_first(isa: Avx2<APART>, from: *const f32, n: usize, fill: Self) -> Self {
         let [a, b] = F32::<false>::below(Avx2(()), n);
         // SAFETY: the argument proves AVX2; masked lanes are not touched, the others can be read, as the caller promises.
         let read = unsafe { [_mm256_maskload_ps(from, a), _mm256_maskload_ps(from.wrapping_add(8), b)] };
-        Self::of(read).first(n, fill)
+        Self::of(isa, read).first(n, fill)
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
