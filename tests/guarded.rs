@@ -119,11 +119,19 @@ impl<T: Copy> Slice<T> {
         unsafe { std::slice::from_raw_parts(self.as_ptr().cast(), size_of_val::<[T]>(self)) }
     }
 
-    /// Asserts that it has the same bits, and that what lies beside it was not written.
-    fn check(&mut self, what: impl Fn() -> String, expected: &Self) {
+    /// Asserts that it has the same bits, all NaNs alike, and that what lies beside it was not written.
+    fn check(&mut self, what: impl Fn() -> String, expected: &Self)
+    where
+        T: PartialEq,
+    {
         if self.bytes() != expected.bytes() {
-            let at = (0..self.bytes().len()).find(|&i| self.bytes()[i] != expected.bytes()[i]);
-            panic!("{}: element {:?} of {} differs", what(), at.map(|at| at / size_of::<T>()), self.len());
+            let of = |slice: &Self, i: usize| slice.bytes()[i * size_of::<T>()..][..size_of::<T>()].to_vec();
+            #[expect(clippy::eq_op, reason = "a NaN is not itself")]
+            let is_nan = |value: T| value != value;
+            let differs = |&i: &usize| of(self, i) != of(expected, i) && !(is_nan(self[i]) && is_nan(expected[i]));
+            if let Some(at) = (0..self.len()).find(differs) {
+                panic!("{}: element {at} of {} differs", what(), self.len());
+            }
         }
         let bytes = self.bytes().len();
         if let Self::Guarded(Some(pages), from, _) = self {
