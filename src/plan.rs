@@ -24,8 +24,9 @@ use crate::view::{View, Views};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Stores {
-    /// Past the caches where all that a pass reads and writes is more than half of the largest, or three quarters with several threads,
-    /// and through them otherwise.
+    /// Past the caches where what a pass reads and writes, `x` and `y` or `x`, `dy` and `dx`, is more than half of the largest cache, or
+    /// three quarters with several threads, and through them otherwise. No more than 128 MiB of that cache are counted on, since dozens
+    /// of cores share a larger one.
     #[default]
     Auto,
     /// Through the caches: for a tensor that is read again at once.

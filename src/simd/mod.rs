@@ -23,6 +23,9 @@ pub use dispatch::{Part, Tier};
 /// Lanes of the widest logical vector (f32); buffers for one vector are this long.
 pub(crate) const MAX_LANES: usize = 16;
 
+/// The most bytes of it that are counted on: larger ones belong to dozens of cores.
+const SHARED_CACHE: usize = 128 << 20;
+
 /// Bytes of the cache that all of a tensor may lie in: the largest that the CPU tells of, or what many have.
 pub(crate) fn largest_cache() -> usize {
     static BYTES: OnceLock<usize> = OnceLock::new();
@@ -30,7 +33,7 @@ pub(crate) fn largest_cache() -> usize {
     let find = x86_64::largest_cache;
     #[cfg(not(target_arch = "x86_64"))]
     let find = || None;
-    *BYTES.get_or_init(|| find().unwrap_or(32 << 20))
+    *BYTES.get_or_init(|| find().unwrap_or(32 << 20).min(SHARED_CACHE))
 }
 
 /// A set of instructions: the vectors it computes on and its conversions of half-width floats.
@@ -118,7 +121,8 @@ pub trait Isa: Copy + Send + Sync {
     /// # Safety
     /// 16 values can be read from `from`.
     unsafe fn load_i8(self, from: *const i8) -> Self::F32;
-    /// Rounds to integers, ties to even, and stores them: the ends of the range for what is beyond it, zero for a NaN.
+    /// Rounds to integers, ties to even, and stores them: the ends of the range for what is beyond it, zero for a NaN as plain as those
+    /// of parameters are.
     ///
     /// # Safety
     /// 16 values can be written to `to`.
