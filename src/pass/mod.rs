@@ -469,7 +469,7 @@ impl<'v> Context<'v> {
     /// How many elements ahead of a band others are asked for while `batch` channels are reduced, 0 for none.
     fn ahead<E: Element, R: Reduction<E, S>, const S: usize>(&self, planar: Planar, batch: usize) -> usize {
         let images = planar.together();
-        let stay = images * batch * planar.plane * size_of::<E>() <= AHEAD_IMAGES;
+        let stay = (images * batch).saturating_mul(planar.plane * size_of::<E>()) <= AHEAD_IMAGES;
         match self.large {
             true if R::TENSORS > 1 => AHEAD_IN_IMAGE / size_of::<E>(),
             true if stay => images * planar.pitch(),
@@ -653,9 +653,9 @@ impl<'v> Context<'v> {
     }
 }
 
-/// Elements of a stretch at least, in rows so long if there are any.
+/// Elements of a stretch at least, in rows so long if there are any; whole vectors, so that the next one begins aligned too.
 fn stretch(row: usize) -> usize {
-    MAP_STRETCH.max(8 * row)
+    MAP_STRETCH.max(row.saturating_mul(8) / MAX_LANES * MAX_LANES)
 }
 
 /// A tensor cut into stretches, between which stores are aligned.
