@@ -8,10 +8,10 @@ use crate::simd::{Lanes, Storage};
 
 /// A type that tensors are stored in: `f32`, `f64` and, with the feature `half`, `half::bf16` and `half::f16`.
 ///
-/// Sealed: the kernels know each of them.
+/// Sealed: the kernels know each of them. All of them are `Copy + Default + Debug + PartialEq + Send + Sync + 'static`.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is no type that tensors are stored in",
-    note = "these are f32 and f64, and half::bf16 and half::f16 with the feature `half` of batchnorm"
+    note = "these are f32 and f64, and half::bf16 and half::f16 with the feature `half` of batchnorm: `features = [\"half\"]`"
 )]
 pub trait Element: Debug + PartialEq + Storage<Compute = <Self as Element>::Param> + Execute {
     /// The type of parameters, statistics and all arithmetic: `f64` for `f64`, otherwise `f32`.

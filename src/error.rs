@@ -39,6 +39,9 @@ pub enum Error {
         /// The number of values per sample and channel.
         spatial: usize,
     },
+    /// Moments of no values for a batch that has some.
+    #[error("the moments count no values: expected those of `moments`, of each shard of the batch and merged")]
+    EmptyMoments,
     /// A pass in place, or one that returns its result, was asked to write it elsewhere too.
     #[error("dx is written over dy in place, or returned; expected gradients without a dx of their own (`dx: None`)")]
     InPlace,
@@ -62,6 +65,14 @@ pub enum Error {
         /// Its variance.
         got: f64,
     },
+    /// An inv_std that is negative or infinite.
+    #[error("inv_std of channel {channel} must be finite and at least 0, as 1 / sqrt(var + eps) is, got {got}")]
+    InvStd {
+        /// The first channel at fault.
+        channel: usize,
+        /// Its inv_std.
+        got: f64,
+    },
     /// The unbiased variance divides by `count - 1`.
     #[error(
         "the unbiased variance needs at least two values per channel, got {count}; leave such a batch out, or take Variance::Biased"
@@ -73,6 +84,9 @@ pub enum Error {
     /// Statistics that no batch has filled yet.
     #[error("expected the statistics of a batch, got none: run a forward pass or `finish` first")]
     MissingStatistics,
+    /// Constants where the statistics of a batch were expected.
+    #[error("expected the statistics of a batch, got constants (`freeze`), from which there is nothing to learn")]
+    FrozenStatistics,
     /// Channels of one call that saw different numbers of values.
     #[error(
         "all channels must have seen the same number of values: channel 0 has {expected}, channel {channel} has {got}"
@@ -87,7 +101,7 @@ pub enum Error {
     },
     /// Statistics of more or fewer values than the batch of a whole backward pass has.
     #[error(
-        "the saved statistics are of {got} values per channel, this batch has {expected}; for a smaller batch use the plan that its forward pass used, for statistics shared between shards gradient_sums and input_gradient"
+        "the saved statistics are of {got} values per channel, this batch has {expected}; for a smaller batch use the plan that its forward pass used, for statistics shared between shards gradient_sums, input_gradient and parameter_gradients"
     )]
     Shards {
         /// Values per channel of the shape.
@@ -211,6 +225,11 @@ pub enum Error {
     /// A residual for quantized inference.
     #[error("quantized inference takes no residual: it would have a scale of its own")]
     QuantizedResidual,
+    /// More than gamma and beta to be folded.
+    #[error(
+        "only gamma and beta can be folded: pass an affine part without activation and residual, and apply these where they were"
+    )]
+    FoldedAffine,
     /// Groups that do not divide the channels of a layer.
     #[error("{groups} groups do not divide {channels} channels")]
     Groups {

@@ -29,14 +29,15 @@ impl<E: Element> BatchNorm<E> {
     /// Turns moments, of this batch or of several shards merged, into the statistics to normalize with.
     ///
     /// # Errors
-    /// [`Error::Length`]; [`Error::EmptyBatch`] if the moments count no values; [`Error::Count`] if channels
-    /// counted different numbers.
+    /// [`Error::Length`]; [`Error::EmptyMoments`] if the moments count no values, [`Error::EmptyBatch`] if the plan's own batch has
+    /// none either; [`Error::Count`] if channels counted different numbers.
     pub fn finish(&self, moments: &[Moments], saved: &mut Saved<E::Param>) -> Result<()> {
         self.check_channels("moments", Some(moments))?;
         check_len("saved", self.shape().channels(), saved.channels())?;
         let expected = common_count(moments)?;
         if expected == 0 {
-            return Err(Error::EmptyBatch { batch: self.shape().batch(), spatial: self.shape().spatial() });
+            self.check_batch()?;
+            return Err(Error::EmptyMoments);
         }
         let record = saved.recorder(expected, self.eps());
         keep_all(&record, moments, |moments| [moments.mean, moments.residue, moments.m2]);

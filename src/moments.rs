@@ -176,11 +176,12 @@ impl<P: Real> Saved<P> {
 
     /// Statistics that were kept elsewhere, of `count` values per channel: for a framework that stores
     /// `mean` and `inv_std` as tensors of its own between forward and backward. The residue of the mean
-    /// is taken as zero and the variance as `1/inv_std^2 - eps`, at least 0.
+    /// is taken as zero and the variance as `1/inv_std^2 - eps`, at least 0. It is not the variance that is given (PyTorch's
+    /// `save_invstd` it is): no check can tell one from the other.
     ///
     /// # Errors
-    /// [`Error::Length`] if the two differ in length, [`Error::MissingStatistics`] for a count of zero,
-    /// [`Error::ZeroChannels`], [`Error::Eps`].
+    /// [`Error::Length`] if the two differ in length, [`Error::MissingStatistics`] for a count of zero, [`Error::InvStd`] where that is
+    /// negative or infinite, [`Error::ZeroChannels`], [`Error::Eps`].
     pub fn from_parts(count: u64, mean: Vec<P>, inv_std: Vec<P>, eps: f64) -> Result<Self> {
         if mean.is_empty() {
             return Err(Error::ZeroChannels);
@@ -189,6 +190,10 @@ impl<P: Real> Saved<P> {
         check_eps(eps)?;
         if count == 0 {
             return Err(Error::MissingStatistics);
+        }
+        let wrong = |i: &P| i.to_f64() < 0.0 || i.to_f64().is_infinite();
+        if let Some(channel) = inv_std.iter().position(wrong) {
+            return Err(Error::InvStd { channel, got: inv_std[channel].to_f64() });
         }
         let var = inv_std.iter().map(|i| {
             let i = i.to_f64();

@@ -123,10 +123,13 @@ impl<P: Real> Running<P> {
     /// beyond 3.4e38, of values around 1e19 and more, becomes infinite, and inference then gives beta.
     ///
     /// # Errors
-    /// [`Error::MissingStatistics`] if no batch filled `saved`; [`Error::Length`] for another number of channels;
-    /// [`Error::UnbiasedFromOne`] for the unbiased variance of one value. The statistics are unchanged then.
+    /// [`Error::MissingStatistics`] if no batch filled `saved`, [`Error::FrozenStatistics`] if it holds constants; [`Error::Length`] for
+    /// another number of channels; [`Error::UnbiasedFromOne`] for the unbiased variance of one value. The statistics are unchanged then.
     pub fn update(&mut self, saved: &Saved<P>) -> Result<()> {
         check_len("saved", self.mean.len(), saved.channels())?;
+        if saved.is_frozen() {
+            return Err(Error::FrozenStatistics);
+        }
         let correction = self.variance.correction(saved.count())?;
         self.batches = self.batches.saturating_add(1);
         let moved = self.momentum.mover(self.batches);
@@ -169,6 +172,26 @@ impl<P: Real> Running<P> {
             *var = P::from_f64(moments.variance() * correction);
         }
         Ok(())
+    }
+
+    /// Goes on with another weight, for a schedule.
+    ///
+    /// # Errors
+    /// [`Error::Momentum`] for one outside 0 to 1. The weight is unchanged then.
+    pub fn set_momentum(&mut self, momentum: Momentum) -> Result<()> {
+        momentum.check()?;
+        self.momentum = momentum;
+        Ok(())
+    }
+
+    /// How a batch is weighed.
+    pub fn momentum(&self) -> Momentum {
+        self.momentum
+    }
+
+    /// Mean, variance and the number of batches, without a copy: what [`Running::from_parts`] takes.
+    pub fn into_parts(self) -> (Vec<P>, Vec<P>, u64) {
+        (self.mean, self.var, self.batches)
     }
 
     /// The running mean of each channel.

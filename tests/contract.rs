@@ -405,6 +405,9 @@ fn bad_statistics<E: Bits>() {
                 let expected = Error::Count { channel: 1, expected: count, got: 0 };
                 refuse(&|a| a.moments[1] = Moments::default(), expected);
             }
+            if call.name == "finish" {
+                refuse(&|a| a.moments.fill(Moments::default()), Error::EmptyMoments);
+            }
         }
     }
 }
@@ -421,8 +424,10 @@ fn special_values<E: Bits>() {
             [&mut a.gamma, &mut a.beta, &mut a.mean].into_iter().for_each(|params| params.fill(param(special)));
             a.moments.iter_mut().for_each(|m| (m.mean, m.residue, m.m2) = (special, special, special));
             a.sums.fill(GradientSums { dy: special, dy_xhat: special });
-            let inv_std = vec![param(special); c];
-            a.saved = Saved::from_parts(count, inv_std.clone(), inv_std, 0.0).unwrap();
+            // As far as an inv_std can be.
+            let size: E::Param = param(special.abs());
+            let inv_std = if size.to_f64().is_infinite() { param(f64::NAN) } else { size };
+            a.saved = Saved::from_parts(count, vec![param(special); c], vec![inv_std; c], 0.0).unwrap();
             (call.run)(&bn, &mut a).unwrap();
         }
     }
@@ -671,6 +676,11 @@ fn parts_that_do_not_fit() {
     assert_error("saved", parts(4, &[0.0, 1.0], &[1.0]), &length("inv_std", 2, 1));
     assert_error("saved", parts(4, &[0.0], &[1.0, 1.0]), &length("inv_std", 1, 2));
     assert_error("saved", parts(0, &[0.0], &[1.0]), &Error::MissingStatistics);
+    for got in [-0.5, f32::INFINITY, f32::NEG_INFINITY] {
+        let refused = Error::InvStd { channel: 1, got: got.into() };
+        assert_error("saved", parts(4, &[0.0; 3], &[1.0, got, -1.0]), &refused);
+    }
+    assert!(parts(4, &[0.0], &[f32::NAN]).is_ok());
 
     let running = |mean: &[f64], var: &[f64]| {
         Running::from_parts(mean.to_vec(), var.to_vec(), 1, Momentum::Cumulative, Variance::Unbiased)
@@ -695,6 +705,9 @@ fn parts_that_do_not_fit() {
             refuse("channels", &saved(channels, 4), length("saved", 2, channels));
         }
         refuse("never filled", &Saved::new(2), Error::MissingStatistics);
+        let (mut constants, of_two) = (Saved::new(2), Shape::nc(4, 2).and_then(BatchNorm::<f32>::new).unwrap());
+        of_two.freeze(Population { mean: &[0.5; 2], var: &[2.0; 2] }, &mut constants).unwrap();
+        refuse("constants", &constants, Error::FrozenStatistics);
         match variance {
             Variance::Unbiased => refuse("one value", &saved(2, 1), Error::UnbiasedFromOne { count: 1 }),
             Variance::Biased => running.update(&saved(2, 1)).unwrap(),
@@ -704,11 +717,15 @@ fn parts_that_do_not_fit() {
 
 #[test]
 fn messages_say_what_was_expected_and_got() {
-    let parts: [(Error, &[&str]); 12] = [
+    let parts: [(Error, &[&str]); 16] = [
         (length("dgamma", 64, 63), &["`dgamma`", "64", "63"]),
         (Error::ShapeOverflow { dims: vec![2, 3] }, &["[2, 3]", "isize::MAX"]),
         (Error::ZeroChannels, &["at least one channel", "zero"]),
         (Error::EmptyBatch { batch: 0, spatial: 49 }, &["at least one value", "batch 0", "spatial size 49"]),
+        (Error::EmptyMoments, &["no values", "`moments`", "merged"]),
+        (Error::InvStd { channel: 3, got: -0.5 }, &["inv_std", "channel 3", "at least 0", "-0.5"]),
+        (Error::FrozenStatistics, &["statistics of a batch", "constants", "`freeze`"]),
+        (Error::FoldedAffine, &["gamma and beta", "without activation and residual"]),
         (Error::Eps { got: -0.5 }, &["eps", "finite", "at least 0", "-0.5"]),
         (Error::Momentum { got: 1.5 }, &["momentum", "between 0 and 1", "1.5"]),
         (Error::Variance { channel: 7, got: f64::NAN }, &["variance", "channel 7", "at least 0", "NaN"]),

@@ -213,6 +213,15 @@ fn what_does_not_fit_is_refused_and_left_alone() {
     assert_eq!(bn.fold_into_preceding(layer, &mut weight, &mut bias, affine, short), length("mean", 4, 3));
     let (mut scale, mut shift) = ([5.0; 4], [6.0; 3]);
     assert_eq!(bn.scale_and_shift(affine, population, &mut scale, &mut shift), length("shift", 4, 3));
+    // More than a line per channel.
+    let residual = [0.0; 4];
+    for more in [affine.with_activation(Activation::Relu), affine.with_residual(&residual)] {
+        let refused = Err(Error::FoldedAffine);
+        assert_eq!(bn.fold_into_preceding(layer, &mut weight, &mut bias, more, population), refused);
+        let after = Layer::convolution(6, 4, 3);
+        assert_eq!(bn.fold_into_following(after, &mut weight, &mut [0.0; 6], more, population), refused);
+        assert_eq!(bn.scale_and_shift(more, population, &mut scale, &mut [0.0; 4]), refused);
+    }
     assert_eq!((weight, bias, scale, shift), (case.weight.clone(), case.bias.clone(), [5.0; 4], [6.0; 3]));
     assert_eq!(Layer::linear(4, 6).with_groups(0), Err(Error::Groups { channels: 6, groups: 0 }));
     assert_eq!(Layer::linear(4, 6).with_groups(3), Err(Error::Groups { channels: 4, groups: 3 }));

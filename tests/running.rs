@@ -114,6 +114,23 @@ fn joined_shards_count_together() {
 }
 
 #[test]
+fn momentum_follows_a_schedule() {
+    let saved = batch::<f64>(&[1.0, 3.0]);
+    let mut running = Running::<f64>::new(1, Momentum::WeightOfNew(1.0), Variance::Biased).unwrap();
+    running.update(&saved).unwrap();
+    for got in [-0.1, 1.1, f64::NAN] {
+        assert!(matches!(running.set_momentum(Momentum::WeightOfNew(got)), Err(Error::Momentum { .. })));
+        assert_eq!(running.momentum(), Momentum::WeightOfNew(1.0));
+    }
+    running.set_momentum(Momentum::WeightOfNew(0.0)).unwrap();
+    let before = (running.mean().to_vec(), running.var().to_vec());
+    running.update(&saved).unwrap();
+    let (mean, var, batches) = running.into_parts();
+    assert_eq!((mean, var), before);
+    assert_eq!(batches, 2);
+}
+
+#[test]
 fn from_parts_continues() {
     let batches = [&[1.0, 2.0][..], &[6.0, 8.0, 9.0, 9.0], &[-1.0; 3], &[0.0, 9.0]].map(batch::<f32>);
     for (momentum, variance) in MOMENTUMS.into_iter().flat_map(|m| VARIANCES.map(|v| (m, v))) {

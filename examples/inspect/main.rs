@@ -86,8 +86,9 @@ fn run(args: &Args, out: &mut impl Write) -> Result<()> {
 fn one(args: &Args, dump: &Dump, tensor: &Tensor, name: &str, out: &mut impl Write) -> Result<()> {
     let found = found(dump, tensor, args.layout.as_deref());
     let (extent, found) = found.map_err(|e| format!("{name}: {e}"))?;
-    report::channels(out, tensor, extent, &found, args.rows)?;
+    // First, since whoever reads the table may stop.
     fs::write(&args.out, figure::draw(&tensor.title(), &found)?).map_err(|e| format!("{}: {e}", args.out.display()))?;
+    report::channels(out, tensor, extent, &found, args.rows)?;
     writeln!(out, "Picture: {}", args.out.display())?;
     Ok(())
 }

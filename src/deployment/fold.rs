@@ -98,8 +98,8 @@ impl Layer {
 }
 
 impl<E: Element> BatchNorm<E> {
-    /// Folds inference into the layer before it: afterwards the layer alone gives what it gave with Batch Normalization.
-    /// `bias` has a value per output channel, zeros for a layer without. Computed in f64 and rounded once.
+    /// Folds inference into the layer before it: afterwards the layer alone gives what it gave with Batch Normalization. An
+    /// activation stays yours to apply, so `affine` has none. `bias` has a value per output channel, zeros for a layer without. Computed in f64 and rounded once.
     ///
     /// ```
     /// use batchnorm::{Affine, BatchNorm, Layer, Population, Shape};
@@ -119,7 +119,7 @@ impl<E: Element> BatchNorm<E> {
     ///
     /// # Errors
     /// [`Error::Length`] for any slice; [`Error::LayerChannels`] where the layer's outputs are not the plan's channels;
-    /// [`Error::Variance`].
+    /// [`Error::FoldedAffine`] for an activation or a residual; [`Error::Variance`].
     pub fn fold_into_preceding(
         &self,
         layer: Layer,
@@ -181,7 +181,7 @@ impl<E: Element> BatchNorm<E> {
     /// about `6e-8 * |mean| / std`, where [`BatchNorm::forward_infer`] subtracts the mean first and loses nothing.
     ///
     /// # Errors
-    /// [`Error::Length`] for any slice; [`Error::Variance`].
+    /// [`Error::Length`] for any slice; [`Error::FoldedAffine`] for an activation or a residual; [`Error::Variance`].
     pub fn scale_and_shift(
         &self,
         affine: Affine<'_, E>,
@@ -189,8 +189,7 @@ impl<E: Element> BatchNorm<E> {
         scale: &mut [E::Param],
         shift: &mut [E::Param],
     ) -> Result<()> {
-        self.check_affine(affine)?;
-        self.check_population(population)?;
+        self.check_folded(affine, population)?;
         self.check_channels("scale", Some(scale))?;
         self.check_channels("shift", Some(shift))?;
         for c in 0..self.shape().channels() {
@@ -217,7 +216,13 @@ impl<E: Element> BatchNorm<E> {
         population: Population<'_, E::Param>,
     ) -> Result<()> {
         layer.check(self.shape().channels(), channels, weight, bias)?;
+        self.check_folded(affine, population)
+    }
+
+    /// Refuses what is more than a line per channel.
+    fn check_folded(&self, affine: Affine<'_, E>, population: Population<'_, E::Param>) -> Result<()> {
         self.check_affine(affine)?;
-        self.check_population(population)
+        self.check_population(population)?;
+        if affine.is_last() { Ok(()) } else { Err(Error::FoldedAffine) }
     }
 }
