@@ -148,7 +148,8 @@ impl<'a, E: Storage> Target<'a, E> {
 
 /// The parameters of the columns of rows: parameter `k` of column `c` is at `k * padded + lead + c` of `params`. The
 /// columns repeat with `period`, at least a vector, and the first ones stand once more after the last, so that a vector
-/// may begin anywhere.
+/// may begin anywhere. For a tier with vectors not in order, whole ones begin at multiples of their length, and were
+/// [kept](Vector::keep) there.
 #[derive(Clone, Copy)]
 pub(crate) struct Periodic<'a, R> {
     pub(crate) params: &'a [R],
@@ -166,7 +167,30 @@ impl<R: Lanes> Periodic<'_, R> {
         let mut vectors = [R::Vector::<I>::splat(isa, R::default()); K];
         for (k, vector) in vectors.iter_mut().enumerate() {
             // SAFETY: the column lies below the period, and a vector more lies below `padded`, see `over_rows`.
-            *vector = unsafe { R::Vector::<I>::load(isa, self.params.as_ptr().add(k * self.padded + at)) };
+            *vector = unsafe { R::Vector::<I>::load_kept(isa, self.params.as_ptr().add(k * self.padded + at)) };
+        }
+        vectors
+    }
+
+    /// The same wherever that vector begins.
+    #[inline(always)]
+    fn anywhere<I: Isa, const K: usize>(&self, isa: I) -> [R::Vector<I>; K] {
+        if I::IN_ORDER {
+            return self.get(isa);
+        }
+        let lanes = R::Vector::<I>::LANES;
+        let at = self.lead + self.column;
+        let mut vectors = [R::Vector::<I>::splat(isa, R::default()); K];
+        for (k, vector) in vectors.iter_mut().enumerate() {
+            let mut two = [R::default(); 2 * MAX_LANES];
+            // SAFETY: both lie below `padded`, a multiple of their length, as a vector from the column does.
+            unsafe {
+                for (i, from) in [at / lanes, at.div_ceil(lanes)].into_iter().enumerate() {
+                    let kept = self.params.as_ptr().add(k * self.padded + from * lanes);
+                    R::Vector::<I>::load_kept(isa, kept).store(two.as_mut_ptr().add(i * lanes));
+                }
+                *vector = R::Vector::<I>::load(isa, two.as_ptr().add(at % lanes));
+            }
         }
         vectors
     }
@@ -381,6 +405,7 @@ pub(crate) unsafe fn over_rows<I: Isa, M: Map<K>, const K: usize>(
     target: Target<'_, M::Element>,
 ) {
     assert!(params.period >= MAX_LANES && params.lead + params.period + MAX_LANES <= params.padded);
+    assert!(I::IN_ORDER || params.padded.is_multiple_of(MAX_LANES));
     assert!(params.params.len() >= K * params.padded);
     let lanes = Compute::<I, M::Element>::LANES;
     let period = params.period;
@@ -489,7 +514,7 @@ impl<M: Map<K>, const K: usize> Kernel for Partial<'_, M, K> {
         let Self { map, params, at, n, target } = self;
         // SAFETY: the promise of who made this.
         unsafe {
-            let value = map.at::<I, false>(isa, &params.get(isa), at, n);
+            let value = map.at::<I, false>(isa, &params.anywhere(isa), at, n);
             M::Element::store_first(isa, value, target.to.as_ptr().add(at), n);
         }
     }

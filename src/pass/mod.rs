@@ -623,16 +623,22 @@ impl<'v> Context<'v> {
         rows: Rows,
         map: M,
         target: Target<'_, E>,
-        (coefficients, room): (&[E::Compute], Disjoint<'_, E>),
+        (coefficients, room): (&mut [E::Compute], Disjoint<'_, E>),
         order: Order,
     ) {
         let (len, lead) = (rows.rows * rows.channels, self.lead(target));
+        // Only if each whole vector begins where one of the coefficients does.
+        let kept = self.views.is_none() && rows.span().is_multiple_of(MAX_LANES);
+        if kept {
+            dispatch(self.tier, rows::Keep::<E>(coefficients));
+        }
+        let coefficients = &*coefficients;
         let stretches = self.stretches(len, rows.period(), target);
         for_each_piece(self.workers, stretches.count(), &|piece, range| {
             for elements in order.over(range).map(|i| stretches.get(i)) {
                 let column = elements.start % rows.span();
                 let Some(views) = self.views else {
-                    dispatch(self.tier, rows::Write { rows, column, lead, elements, map, target, coefficients });
+                    dispatch(self.tier, rows::Write { rows, column, lead, elements, map, target, coefficients, kept });
                     continue;
                 };
                 let local = 0..elements.len();
@@ -642,7 +648,7 @@ impl<'v> Context<'v> {
                     self.map_packed(views, packed, map, target, |map, target| {
                         dispatch(
                             self.tier,
-                            rows::Write { rows, column, lead, elements: local, map, target, coefficients },
+                            rows::Write { rows, column, lead, elements: local, map, target, coefficients, kept },
                         );
                     });
                 }

@@ -10,7 +10,7 @@ use crate::grid::{Rows, Runs};
 use crate::kernel::map::{self, Map, Periodic, Target};
 use crate::kernel::sums::{Columns, RowBlock};
 use crate::moments::MergeWeights;
-use crate::simd::{Isa, Kernel, Storage};
+use crate::simd::{Compute, Isa, Kernel, Storage, Vector};
 use crate::tensor::Disjoint;
 
 /// A tile of a block of rows, as the kernels take it.
@@ -104,6 +104,24 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Kernel for Merge<'_, E, R, 
     }
 }
 
+/// Keeps coefficients as the vectors are held that elements of rows become.
+pub(super) struct Keep<'a, E: Storage>(pub(super) &'a mut [E::Compute]);
+
+impl<E: Storage> Kernel for Keep<'_, E> {
+    type Output = ();
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let isa = E::unordered(isa);
+        if <E::Unordered<I> as Isa>::IN_ORDER {
+            return;
+        }
+        for vector in self.0.chunks_exact_mut(Compute::<E::Unordered<I>, E>::LANES) {
+            // SAFETY: as many as a vector has.
+            unsafe { Compute::<E::Unordered<I>, E>::load(isa, vector.as_ptr()).keep(vector.as_mut_ptr()) };
+        }
+    }
+}
+
 /// The second half for a range of elements of rows.
 pub(super) struct Write<'a, E: Storage, M, const K: usize> {
     pub(super) rows: Rows,
@@ -115,6 +133,8 @@ pub(super) struct Write<'a, E: Storage, M, const K: usize> {
     pub(super) map: M,
     pub(super) target: Target<'a, E>,
     pub(super) coefficients: &'a [E::Compute],
+    /// Whether they went through [`Keep`].
+    pub(super) kept: bool,
 }
 
 impl<E: Storage, M: Map<K, Element = E>, const K: usize> Kernel for Write<'_, E, M, K> {
@@ -126,6 +146,12 @@ impl<E: Storage, M: Map<K, Element = E>, const K: usize> Kernel for Write<'_, E,
         let params = Periodic { params: self.coefficients, period, padded, lead, column };
         let at = (self.elements.start, self.elements.len());
         // SAFETY: the rows come from the grid, and no other piece has them.
-        unsafe { map::over_rows(isa, map, params, at, target) };
+        unsafe {
+            if self.kept && !<E::Unordered<I> as Isa>::IN_ORDER {
+                map::over_rows(E::unordered(isa), map, params, at, target);
+            } else {
+                map::over_rows(isa, map, params, at, target);
+            }
+        }
     }
 }

@@ -42,6 +42,8 @@ pub trait Isa: Copy + Send + Sync {
     const TIER: Tier;
     /// Whether [`Vector::stream`] stores past the caches.
     const STREAMS: bool = Self::TIER.streams();
+    /// Whether vectors hold their lanes in order.
+    const IN_ORDER: bool = true;
     /// 16 lanes of f32.
     type F32: Vector<Self, Scalar = f32>;
     /// 8 lanes of f64.
@@ -156,6 +158,24 @@ pub trait Vector<I: Isa>: Copy {
     /// # Safety
     /// `LANES` values can be read from `from`.
     unsafe fn load(isa: I, from: *const Self::Scalar) -> Self;
+    /// Loads what [`Vector::keep`] stored.
+    ///
+    /// # Safety
+    /// As [`Vector::load`].
+    #[inline(always)]
+    unsafe fn load_kept(isa: I, from: *const Self::Scalar) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { Self::load(isa, from) }
+    }
+    /// Stores all lanes in the order that vectors hold them in.
+    ///
+    /// # Safety
+    /// As [`Vector::store`].
+    #[inline(always)]
+    unsafe fn keep(self, to: *mut Self::Scalar) {
+        // SAFETY: the caller's promise.
+        unsafe { self.store(to) }
+    }
     /// Loads the first `n < LANES` lanes; the others come from `fill`.
     ///
     /// # Safety
@@ -536,6 +556,10 @@ mod tests {
                     to
                 };
                 assert_eq!(stored(all), values);
+                let mut kept = [0.0; 16];
+                all.keep(kept.as_mut_ptr());
+                assert_eq!(kept == values, I::IN_ORDER);
+                assert_eq!(stored(I::F32::load_kept(isa, kept.as_ptr())), values);
                 assert_eq!(stored(all.lower())[..8], values[..8]);
                 for n in 0..16 {
                     let expected: [f32; 16] = core::array::from_fn(|lane| if lane < n { values[lane] } else { 100.0 });

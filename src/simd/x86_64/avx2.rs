@@ -80,6 +80,7 @@ pub struct F64([__m256d; 2]);
 
 impl<const APART: bool> Isa for Avx2<APART> {
     const TIER: Tier = Tier::Avx2;
+    const IN_ORDER: bool = !APART;
     type F32 = F32<APART>;
     type F64 = F64;
     type Apart = Avx2<true>;
@@ -255,6 +256,19 @@ impl<const APART: bool> Vector<Avx2<APART>> for F32<APART> {
     unsafe fn load(isa: Avx2<APART>, from: *const f32) -> Self {
         // SAFETY: the argument proves AVX2; 16 values can be read, as the caller promises.
         unsafe { Self::of(isa, [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))]) }
+    }
+    #[inline(always)]
+    unsafe fn load_kept(_: Avx2<APART>, from: *const f32) -> Self {
+        // SAFETY: the argument proves AVX2; 16 values can be read, as the caller promises.
+        unsafe { Self([_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))]) }
+    }
+    #[inline(always)]
+    unsafe fn keep(self, to: *mut f32) {
+        // SAFETY: `self` proves AVX2; 16 values can be written, as the caller promises.
+        unsafe {
+            _mm256_storeu_ps(to, self.0[0]);
+            _mm256_storeu_ps(to.add(8), self.0[1]);
+        }
     }
     #[inline(always)]
     unsafe fn load_first(isa: Avx2<APART>, from: *const f32, n: usize, fill: Self) -> Self {
