@@ -61,7 +61,7 @@ fn check<E: Tested>(input: &Input<'_>) {
     let case = Case { input, shape, x: &x, dy: &dy, plain, affine: affine.with_activation(activation) };
     setting.plans().for_each(|bn| match input.which {
         Which::Bent => case.bent(&bn),
-        Which::FromOutput => case.from_output(&bn),
+        Which::FromOutput => case.backward_from_output(&bn),
         Which::Twice => case.twice(&bn),
         Which::Strided => case.strided(&bn),
         Which::Masked => case.masked(&bn),
@@ -149,7 +149,7 @@ impl<E: Tested> Case<'_, E> {
         }
     }
 
-    fn from_output(&self, bn: &BatchNorm<E>) {
+    fn backward_from_output(&self, bn: &BatchNorm<E>) {
         let bn = bn.clone().with_backward_from_output(true);
         let (mut y, mut saved) = (self.x.to_vec(), bn.saved());
         if bn.forward_train_in_place(&mut y, self.affine, &mut saved).is_err() {
