@@ -129,7 +129,9 @@ impl<E: Element, D: Dimension> Arrays<E, D> {
         match plan.lies_like(&self.plan) {
             true => Ok(Self { plan, ..self }),
             false => Err(Error::View {
-                reason: "expected options alone; for other arrays, such as a smaller batch, there is `Arrays::with_arrays`",
+                reason:
+                    "expected options alone; for other arrays, such as a smaller batch, there is `Arrays::with_arrays`"
+                        .into(),
             }),
         }
     }

@@ -1,5 +1,7 @@
 //! Why a call was refused. Every check happens before the first write, so output is untouched on error.
 
+use std::borrow::Cow;
+
 use crate::Tier;
 
 /// Shorthand for results of this crate.
@@ -169,8 +171,8 @@ pub enum Error {
     /// A view or a mask that does not fit.
     #[error("this view cannot be used: {reason}")]
     View {
-        /// What was expected.
-        reason: &'static str,
+        /// What was expected, and what was got where those are numbers.
+        reason: Cow<'static, str>,
     },
     /// An array with too few or too many axes, or without the axis that was to be the channels.
     #[cfg(feature = "ndarray")]

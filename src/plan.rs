@@ -219,9 +219,9 @@ impl<E: Element> BatchNorm<E> {
     pub(crate) fn check_dense(&self) -> Result<()> {
         match self.views {
             None => Ok(()),
-            Some(_) => {
-                Err(Error::View { reason: "expected a plan for dense tensors, this one has views, lengths or a mask" })
-            }
+            Some(_) => Err(Error::View {
+                reason: "expected a plan for dense tensors, this one has views, lengths or a mask".into(),
+            }),
         }
     }
 

@@ -76,9 +76,12 @@ impl View {
     /// # Errors
     /// [`Error::View`] if the sizes are not the shape's, there are more than five, or elements share a place.
     pub fn strided(shape: &Shape, sizes: &[usize], strides: &[usize]) -> Result<Self> {
-        let refuse = |reason| Err(Error::View { reason });
+        let refuse = |expected: &str| {
+            let reason = format!("expected {expected}, got the sizes {sizes:?} and the strides {strides:?}");
+            Err(Error::View { reason: reason.into() })
+        };
         if sizes.len() != strides.len() || sizes.len() < 2 || sizes.len() > 5 {
-            return refuse("expected two to five sizes and as many strides");
+            return refuse("two to five sizes and as many strides");
         }
         let (batch, rest) = (sizes[0], &sizes[1..]);
         let (channels, spatial) = match shape.layout() {
@@ -87,7 +90,9 @@ impl View {
         };
         let size = spatial.iter().try_fold(1usize, |size, &dim| size.checked_mul(dim));
         if batch != shape.batch() || channels != shape.channels() || size != Some(shape.spatial()) {
-            return refuse("expected the sizes of the shape, the batch first");
+            let (batch, channels, spatial) = (shape.batch(), shape.channels(), shape.spatial());
+            let layout = shape.layout();
+            return refuse(&format!("{batch} samples, {channels} channels and {spatial} positions as {layout:?}"));
         }
         // From the smallest stride on, each must pass over all that lies within it.
         let mut dims: Vec<_> = sizes.iter().copied().zip(strides.iter().copied()).filter(|dim| dim.0 > 1).collect();
@@ -97,7 +102,7 @@ impl View {
             let next = stride.checked_mul(size - 1).and_then(|last| last.checked_add(span));
             match next {
                 Some(next) if stride >= span && next <= isize::MAX as usize => span = next,
-                _ => return refuse("expected strides that keep elements apart, within a slice"),
+                _ => return refuse("strides that keep elements apart, within a slice"),
             }
         }
         let mut outer = [(1, 0); 4];
@@ -132,14 +137,14 @@ impl View {
     pub fn blocked(shape: &Shape, block: usize) -> Result<Self> {
         let (batch, channels, spatial) = (shape.batch(), shape.channels(), shape.spatial());
         if shape.layout() != Layout::ChannelsFirst || block == 0 {
-            return Err(Error::View {
-                reason: "expected blocks of at least one channel, of a shape of channels first",
-            });
+            let got = format!("got blocks of {block} and {:?}", shape.layout());
+            let reason = format!("expected blocks of at least one channel, of a shape of channels first, {got}");
+            return Err(Error::View { reason: reason.into() });
         }
         let sample = spatial.checked_mul(channels.div_ceil(block)).and_then(|size| size.checked_mul(block));
         let len = sample.and_then(|sample| sample.checked_mul(batch)).filter(|&len| len <= isize::MAX as usize / 8);
         let (Some(sample), Some(len)) = (sample, len) else {
-            return Err(Error::View { reason: "expected padded channels that fit a slice" });
+            return Err(Error::View { reason: "expected padded channels that fit a slice".into() });
         };
         let outer = [(1, 0), (1, 0), (batch, sample), (spatial, block)];
         let order = Order::Nested { outer, row: channels, run: block, run_stride: spatial * block };
@@ -309,7 +314,7 @@ pub(crate) struct Views {
 impl Views {
     pub(crate) fn new(shape: &Shape, x: View, y: View) -> Result<Self> {
         if x.shape != *shape || y.shape != *shape || x.logical != y.logical {
-            return Err(Error::View { reason: "expected two views of the plan's shape, of the same order" });
+            return Err(Error::View { reason: "expected two views of the plan's shape, of the same order".into() });
         }
         Ok(Self { x, y })
     }
@@ -341,7 +346,9 @@ impl Views {
     pub(crate) fn check_in_place(&self) -> Result<()> {
         match self.x == self.y {
             true => Ok(()),
-            false => Err(Error::View { reason: "expected the same view for a tensor and what is written over it" }),
+            false => {
+                Err(Error::View { reason: "expected the same view for a tensor and what is written over it".into() })
+            }
         }
     }
 
