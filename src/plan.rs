@@ -24,9 +24,9 @@ use crate::view::{View, Views};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Stores {
-    /// Past the caches where what a pass reads and writes, `x` and `y` or `x`, `dy` and `dx`, is more than half of the largest cache, or
-    /// three quarters with several threads, and through them otherwise. No more than 128 MiB of that cache are counted on, since dozens
-    /// of cores share a larger one.
+    /// Past the caches where what a pass reads and writes is more than half of the largest cache, and through them otherwise. With
+    /// several threads it is `x` and `y` of more than all of it, and `x`, `dy` and `dx` of more than three quarters. No more than 96 MiB
+    /// of that cache are counted on, since dozens of cores share a larger one.
     #[default]
     Auto,
     /// Through the caches: for a tensor that is read again at once.
@@ -38,8 +38,8 @@ pub enum Stores {
 /// Bytes of a tensor from which on it comes from memory: it is read ahead, and once if it can be.
 const LARGE: usize = 8 << 20;
 /// Quarters of the largest cache that a pass reads and writes from which on its results go past the caches, on one thread and on more:
-/// those read a cache that they share faster, but write past it no faster.
-const STREAMED: [usize; 2] = [2, 3];
+/// those read a cache that they share faster, but write past it no faster. Of each, where that is two tensors and where it is more.
+const STREAMED: [[usize; 2]; 2] = [[2, 2], [4, 3]];
 
 /// Batch Normalization (Ioffe & Szegedy 2015) of tensors of one shape and element type.
 ///
@@ -308,7 +308,8 @@ impl<E: Element> BatchNorm<E> {
                 Stores::Streaming => true,
                 Stores::Auto => {
                     let several = self.parallelism.workers(bytes) > 1;
-                    bytes.saturating_mul(tensors) >= largest_cache() / 4 * STREAMED[usize::from(several)]
+                    let quarters = STREAMED[usize::from(several)][usize::from(tensors > 2)];
+                    bytes.saturating_mul(tensors) >= largest_cache() / 4 * quarters
                 }
             }
     }

@@ -24,7 +24,7 @@ pub use dispatch::{Part, Tier};
 pub(crate) const MAX_LANES: usize = 16;
 
 /// The most bytes of it that are counted on: larger ones belong to dozens of cores.
-const SHARED_CACHE: usize = 128 << 20;
+const SHARED_CACHE: usize = 96 << 20;
 
 /// Bytes of the cache that all of a tensor may lie in: the largest that the CPU tells of, or what many have.
 pub(crate) fn largest_cache() -> usize {
