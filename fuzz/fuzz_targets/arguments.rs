@@ -7,7 +7,9 @@ use batchnorm::{
     Affine, BatchNorm, Error, GradientSums, Gradients, Layout, Moments, Momentum, Parallelism, Population, Real,
     Running, Saved, Shape, Tier, Variance,
 };
-use batchnorm_fuzz::{Bits, Kind, Tested, Values, moments_parts, same_bits, saved_parts, sums_parts, with_element};
+use batchnorm_fuzz::{
+    Bits, Kind, Tested, Values, as_inv_std, moments_parts, same_bits, saved_parts, sums_parts, with_element,
+};
 use libfuzzer_sys::fuzz_target;
 
 #[derive(Arbitrary, Debug)]
@@ -281,9 +283,15 @@ fn given<E: Tested>(input: &Input<'_>, bn: &BatchNorm<E>) -> Saved<E::Param> {
         Given::OfTheShape => (bn.shape().count() as u64, channels),
     };
     let values = |salt: usize, len: usize| input.params.fill(input.bytes, salt, len);
-    let saved = Saved::from_parts(count, values(7, channels), values(8, len), input.eps);
+    let mut inv_std: Vec<E::Param> = values(8, len);
+    if let Given::OfTheShape = input.given {
+        inv_std = as_inv_std(inv_std);
+    }
+    let possible = |value: &E::Param| value.to_f64().is_nan() || (0.0..f64::INFINITY).contains(&value.to_f64());
+    let all_possible = inv_std.iter().all(possible);
+    let saved = Saved::from_parts(count, values(7, channels), inv_std, input.eps);
     let eps_allowed = input.eps.is_finite() && input.eps >= 0.0;
-    let allowed = channels > 0 && len == channels && count > 0 && eps_allowed;
+    let allowed = channels > 0 && len == channels && count > 0 && eps_allowed && all_possible;
     judge("Saved::from_parts", saved.as_ref().map(|_| ()).map_err(Error::clone), allowed, true);
     saved.unwrap_or(unfilled)
 }

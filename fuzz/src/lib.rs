@@ -391,6 +391,15 @@ impl Foreign {
         let shape = setting.shape();
         let values = |salt| self.values.fill(bytes, salt, shape.channels());
         let count = self.count.unwrap_or(shape.count() as u64).max(1);
-        Saved::from_parts(count, values(5), values(6), setting.eps()).expect("valid parts")
+        Saved::from_parts(count, values(5), as_inv_std(values(6)), setting.eps()).expect("valid parts")
     }
+}
+
+/// The values as far as an inv_std can have them: finite and without a sign, or NaN.
+pub fn as_inv_std<P: Real>(mut values: Vec<P>) -> Vec<P> {
+    for value in &mut values {
+        let size = value.to_f64().abs();
+        *value = P::from_f64(if size.is_infinite() { 1.0 } else { size });
+    }
+    values
 }

@@ -23,7 +23,7 @@ pub use dispatch::{Part, Tier};
 /// Lanes of the widest logical vector (f32); buffers for one vector are this long.
 pub(crate) const MAX_LANES: usize = 16;
 
-/// The most bytes of it that are counted on: larger ones belong to dozens of cores.
+/// The most bytes of the largest cache that are counted on: larger ones belong to dozens of cores.
 const SHARED_CACHE: usize = 96 << 20;
 
 /// Bytes of the cache that all of a tensor may lie in: the largest that the CPU tells of, or what many have.
