@@ -99,7 +99,8 @@ impl Layer {
 
 impl<E: Element> BatchNorm<E> {
     /// Folds inference into the layer before it: afterwards the layer alone gives what it gave with Batch Normalization. An
-    /// activation stays yours to apply, so `affine` has none. `bias` has a value per output channel, zeros for a layer without. Computed in f64 and rounded once.
+    /// activation stays yours to apply, so `affine` has none. `bias` has a value per output channel, zeros for a layer without.
+    /// Computed in f64 and rounded once.
     ///
     /// ```
     /// use batchnorm::{Affine, BatchNorm, Layer, Population, Shape};

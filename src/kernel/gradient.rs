@@ -26,8 +26,8 @@ pub(crate) trait Upstream<E: Element>: Packs<E> + Sync {
     /// Whether anything may stand beyond the elements of [`Upstream::at`] and [`Upstream::rebuild`]: zero times an infinite slope.
     const SPILLS: bool = false;
 
-    /// Its elements from `at`: of a whole vector if `FULL`, else the first `n` and zeros. `centred` are those of `x - hi`,
-    /// and `line` the forward pass's `[scale, shift]`.
+    /// Its elements from `at`: of a whole vector if `FULL`, else the first `n` and zeros, or anything if it [spills](Self::SPILLS).
+    /// `centred` are those of `x - hi`, and `line` the forward pass's `[scale, shift]`.
     ///
     /// # Safety
     /// The elements lie inside the tensors.

@@ -272,6 +272,7 @@ fn views_that_do_not_fit_are_refused() {
     for strides in [[60, 20, 5, 2], [60, 20, 4, 1], [59, 20, 5, 1], [0, 20, 5, 1], [usize::MAX, 20, 5, 1]] {
         assert!(refused(&sizes, &strides), "{strides:?}");
     }
+    assert!(refused(&[2, 3, 5, 5], &[75, 25, 5, 1]));
     let error = View::strided(&shape, &[2, 3, 5, 5], &[75, 25, 5, 1]).unwrap_err().to_string();
     let parts = ["2 samples, 3 channels and 20 positions", "ChannelsFirst", "[2, 3, 5, 5]", "[75, 25, 5, 1]"];
     parts.iter().for_each(|part| assert!(error.contains(part), "`{error}` lacks `{part}`"));

@@ -254,8 +254,8 @@ impl<const APART: bool> Vector<Avx2<APART>> for F32<APART> {
     }
     #[inline(always)]
     unsafe fn load(isa: Avx2<APART>, from: *const f32) -> Self {
-        // SAFETY: the argument proves AVX2; 16 values can be read, as the caller promises.
-        unsafe { Self::of(isa, [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))]) }
+        // SAFETY: the caller's promise.
+        unsafe { Self::of(isa, Self::load_kept(isa, from).0) }
     }
     #[inline(always)]
     unsafe fn load_kept(_: Avx2<APART>, from: *const f32) -> Self {
@@ -279,12 +279,8 @@ impl<const APART: bool> Vector<Avx2<APART>> for F32<APART> {
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
-        // SAFETY: `self` proves AVX2; 16 values can be written, as the caller promises.
-        unsafe {
-            let [a, b] = self.in_order();
-            _mm256_storeu_ps(to, a);
-            _mm256_storeu_ps(to.add(8), b);
-        }
+        // SAFETY: the caller's promise.
+        unsafe { Self(self.in_order()).keep(to) }
     }
     #[inline(always)]
     unsafe fn stream(self, to: *mut f32) {

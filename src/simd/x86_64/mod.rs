@@ -56,6 +56,7 @@ mod tests {
         assert_eq!(of(0x01c0_003f, 63), 32 << 10);
         assert_eq!(of(0x03c0_003f, 32767), 32 << 20);
         assert_eq!(of(0x0280_003f, 65535), 44 << 20);
+        assert!(largest_cache().is_none_or(|bytes| bytes >= LEAST));
         // All of them zero.
         assert!(of(0, 0) < LEAST);
     }
