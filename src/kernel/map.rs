@@ -17,8 +17,6 @@ const STRIP: usize = 4 << 10;
 const AHEAD: usize = 2 << 10;
 /// The same from memory.
 const AHEAD_STREAMED: usize = 8 << 10;
-/// The same from anywhere in rows of as many bytes or more.
-const AHEAD_IN_ROW: usize = 1 << 10;
 
 /// A value per element, made of `K` parameters of the channel.
 pub(crate) trait Map<const K: usize>: Packs<Self::Element> + Sync {
@@ -436,8 +434,10 @@ pub(crate) unsafe fn over_rows<I: Isa, M: Map<K>, const K: usize>(
             i += rows * period;
         }
         let vectors = (len - i) / lanes;
-        let in_row = AHEAD_IN_ROW / size_of::<M::Element>();
-        let ahead = if period >= in_row { in_row } else { target.ahead() };
+        let ahead = match I::TIER.tuning().ahead_in_row.map(|bytes| bytes / size_of::<M::Element>()) {
+            Some(ahead) if period >= ahead => ahead,
+            _ => target.ahead(),
+        };
         whole(isa, map, &mut params, (start + i, vectors), ahead, target);
         i += vectors * lanes;
         if i < len {

@@ -17,7 +17,7 @@ const AHEAD: usize = 512;
 /// Bytes from one row to the next at which all lines of a column crowd the same few places of a first-level cache, as many as eight
 /// in the smallest. The closer they come to that, the fewer rows are read at a time.
 const FAR: usize = 4096;
-/// Bytes that whole rows are asked for ahead in the order of their addresses, where they come from memory.
+/// Bytes that whole rows of all tensors are asked for ahead in the order of their addresses, where they come from memory.
 const AHEAD_IN_ORDER: usize = 16 << 10;
 
 /// Two terms per element, made of `K` parameters of the channel.
@@ -363,7 +363,8 @@ pub(crate) unsafe fn over_rows<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vect
     columns: &mut Columns<'_, R>,
 ) {
     let row = block.period * size_of::<R>();
-    let in_order = block.from_memory && row <= FAR && block.columns == (0, block.period);
+    let longest = I::TIER.tuning().in_order[usize::from(T::TENSORS > 1)];
+    let in_order = block.from_memory && row <= longest && block.columns == (0, block.period);
     // SAFETY: the caller's promise.
     unsafe {
         match row.min(FAR) * T::TENSORS {
@@ -444,7 +445,8 @@ unsafe fn sweeps<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vector<I>>, const 
                 let at = block.start + from + first + c;
                 if from + tall <= block.len && c + lanes <= width {
                     let ahead = if in_order {
-                        let next = block.start + from + tall + AHEAD_IN_ORDER / size_of::<R>() + c * H * GROUP;
+                        let ahead = AHEAD_IN_ORDER / T::TENSORS / size_of::<R>();
+                        let next = block.start + from + tall + ahead + c * H * GROUP;
                         for i in 0..H * GROUP {
                             terms.prefetch(isa, next.wrapping_add(i * lanes));
                         }

@@ -15,7 +15,7 @@ use crate::kernel::map::{Map, Target};
 use crate::kernel::sums::{Beside, Columns, RowBlock};
 use crate::moments::MergeWeights;
 use crate::scratch::{Need, Scratch};
-use crate::simd::{Dispatched, Isa, Kernel, MAX_LANES, Storage, Tier, dispatch};
+use crate::simd::{Dispatched, Isa, Kernel, MAX_LANES, Storage, Tuning, dispatch};
 use crate::tensor::Disjoint;
 use crate::view::{Pack, Packs, Views, room_for};
 
@@ -36,11 +36,12 @@ const FUSED: [usize; 2] = [4 << 20, 2 << 20];
 /// Bytes of the channels that a thread reduces before it maps the first of them. The more of an image lies in a row, the faster it
 /// comes from memory; but the next batch is to wait in a second-level cache beside this one.
 const BATCH_BYTES: usize = 600 << 10;
-/// The same where the next batch is not asked for, see [`Context::keeps_up`]: the rows may be longer.
-const UNASKED_BATCH_BYTES: usize = 1200 << 10;
+/// The same where the next batch is left alone, see [`Context::keeps_up`]: the rows may be longer.
+const LEFT_BATCH_BYTES: usize = 1200 << 10;
 /// Bytes of a row of each image that a batch has at least, while no more than [`AHEAD_BATCH`] are in it.
 const BATCH_ROW: usize = 4 << 10;
-/// The most bytes of the images of a tensor's batch that are asked for while others are read: more would leave the cache again.
+/// The most bytes of the images of a tensor's batch that are asked for while others are read: more would leave the cache again. This and
+/// the next hold where [`Tuning::ahead_of_runs`] does not.
 const AHEAD_IMAGES: usize = 128 << 10;
 /// The same in each image, where those of several tensors would crowd the same few places of a first-level cache.
 const AHEAD_IN_IMAGE: usize = 512;
@@ -143,6 +144,17 @@ impl Order {
     }
 }
 
+/// What is done about the next batch of channels while one is mapped.
+#[derive(Clone, Copy, PartialEq)]
+enum Next {
+    /// Nothing; or none is mapped.
+    Left,
+    /// It is asked for, since the read side of memory would be idle.
+    Asked,
+    /// It is read.
+    Read,
+}
+
 /// How a pass runs.
 #[derive(Clone, Copy)]
 pub(crate) struct Context<'v> {
@@ -170,21 +182,31 @@ impl<'v> Context<'v> {
             && (self.large && plane >= FUSED_PLANE || is_long && read >= FUSED[usize::from(self.workers > 1)])
     }
 
-    /// Whether a lone thread reads four images at a time, and vectors of 256 bits or less: the CPU foresees these images, faster than
-    /// a core may ask for lines, and the sums take as long as what comes so.
+    /// Whether a lone thread reads four images at a time, and gets them sooner than it could ask for their lines.
     fn keeps_up(&self, planar: Planar) -> bool {
-        self.workers == 1 && planar.together() > 1 && self.tier.tier() != Tier::Avx512
+        self.workers == 1 && planar.together() > 1 && self.tuning().keeps_up
     }
 
-    /// Whether a batch is written beside the sums of the next one.
-    fn writes_beside<E: Element, R: Reduction<E, S>, const S: usize>(&self, planar: Planar) -> bool {
-        let plane = planar.plane * size_of::<E>();
-        self.tier.tier().streams()
-            && planar::may_write_beside::<E>()
-            && match self.keeps_up(planar) {
-                true => R::TENSORS == 1 && plane >= BESIDE_PLANE[0],
-                false => planar.together() > 1 && plane >= BESIDE_PLANE[1],
+    /// What is done about the next batch.
+    fn next<E: Element, R: Reduction<E, S>, const S: usize>(&self, planar: Planar) -> Next {
+        let (plane, keeps_up) = (planar.plane * size_of::<E>(), self.keeps_up(planar));
+        let beside = match keeps_up {
+            true => R::TENSORS == 1 && plane >= BESIDE_PLANE[0],
+            false => {
+                let from_memory = from_memory::<E, R, S>(planar.planes * planar.pitch());
+                let pays = self.tuning().beside_from_memory || !from_memory;
+                planar.together() > 1 && plane >= BESIDE_PLANE[1] && pays
             }
+        };
+        match self.tier.tier().streams() && planar::may_write_beside::<E>() && beside {
+            true => Next::Read,
+            false if keeps_up => Next::Left,
+            false => Next::Asked,
+        }
+    }
+
+    fn tuning(&self) -> &'static Tuning {
+        self.tier.tier().tuning()
     }
 
     /// `len` elements in rows so long, if there are any, cut into stretches that are mapped at a time.
@@ -317,15 +339,14 @@ impl<'v> Context<'v> {
         let (wide, narrow, room) = self.parts::<E, S, K>(scratch);
         match self.geometry {
             Geometry::Planar(planar) if self.fuses::<E, R, S>(planar) => {
-                let beside = self.writes_beside::<E, R, S>(planar);
-                let batch = self.batch::<E, R, S>(planar, beside);
-                // The next batch is asked for while this one is written, which leaves the read side of memory idle.
+                let next = self.next::<E, R, S>(planar);
+                let batch = self.batch::<E, R, S>(planar, next);
                 let waits = channel_bytes::<E, R, S>(planar) * batch <= AHEAD_BATCH;
-                let mapped = AHEAD_MAPPED / size_of::<E>();
-                let next = if waits && !beside && !self.keeps_up(planar) { batch * planar.plane } else { mapped };
+                let (beside, mapped) = (next == Next::Read, AHEAD_MAPPED / size_of::<E>());
+                let asked = if waits && next == Next::Asked { batch * planar.plane } else { mapped };
                 for_each_piece(self.workers, planar.channels, &|_, channels| {
-                    let reduce = self.whole(planar, channels, reduction, Values::Merged(None), beside);
-                    dispatch(self.tier, planar::Both { reduce, close, map, target, beside, ahead: [next, mapped] });
+                    let reduce = self.whole(planar, channels, reduction, Values::Merged(None), next);
+                    dispatch(self.tier, planar::Both { reduce, close, map, target, beside, ahead: [asked, mapped] });
                     self.fence(target);
                 });
             }
@@ -440,40 +461,46 @@ impl<'v> Context<'v> {
         (wide, narrow, Disjoint::elements(room))
     }
 
-    /// The first half for whole channels, batch by batch; `beside` a second one or not.
+    /// The first half for whole channels, batch by batch.
     fn whole<'r, E: Element, R: Reduction<E, S>, const S: usize>(
         &self,
         planar: Planar,
         channels: Range<usize>,
         reduction: &'r R,
         values: Values<'r, S>,
-        beside: bool,
+        next: Next,
     ) -> Reduce<'r, E, R, S> {
-        let (batch, from_memory) = (self.batch::<E, R, S>(planar, beside), self.large);
-        let ahead = if beside { AHEAD_IN_IMAGE / size_of::<E>() } else { self.ahead::<E, R, S>(planar, batch) };
+        let (batch, from_memory) = (self.batch::<E, R, S>(planar, next), self.large);
+        let ahead = self.ahead::<E, R, S>(planar, batch, next);
         let (blocks, base, element) = (0..planar.blocks(), 0, PhantomData);
         Reduce { planar, channels, blocks, base, reduction, batch, ahead, from_memory, values, element }
     }
 
     /// Channels that are reduced before the first of them is mapped.
-    fn batch<E: Element, R: Reduction<E, S>, const S: usize>(&self, planar: Planar, beside: bool) -> usize {
+    fn batch<E: Element, R: Reduction<E, S>, const S: usize>(&self, planar: Planar, next: Next) -> usize {
         let each = channel_bytes::<E, R, S>(planar);
         if !self.large {
             return (BATCH_BYTES / each).clamp(1, BATCH);
         }
-        let bytes = if self.keeps_up(planar) && !beside { UNASKED_BATCH_BYTES } else { BATCH_BYTES };
+        let bytes = match next {
+            Next::Left if self.keeps_up(planar) => LEFT_BATCH_BYTES,
+            Next::Asked => self.tuning().asked_batch,
+            _ => BATCH_BYTES,
+        };
         let row = BATCH_ROW.div_ceil(planar.plane * size_of::<E>()).min(AHEAD_BATCH / each);
         (bytes / each).max(row).clamp(1, BATCH)
     }
 
     /// How many elements ahead of a band others are asked for while `batch` channels are reduced, 0 for none.
-    fn ahead<E: Element, R: Reduction<E, S>, const S: usize>(&self, planar: Planar, batch: usize) -> usize {
+    fn ahead<E: Element, R: Reduction<E, S>, const S: usize>(&self, planar: Planar, batch: usize, next: Next) -> usize {
         let images = planar.together();
         let stay = (images * batch).saturating_mul(planar.plane * size_of::<E>()) <= AHEAD_IMAGES;
-        match self.large {
-            true if R::TENSORS > 1 => AHEAD_IN_IMAGE / size_of::<E>(),
-            true if stay => images * planar.pitch(),
-            _ => 0,
+        match self.tuning().ahead_of_runs {
+            _ if !self.large && next != Next::Read => 0,
+            Some(bytes) => bytes / (images * R::TENSORS * size_of::<E>()),
+            None if R::TENSORS > 1 || next == Next::Read => AHEAD_IN_IMAGE / size_of::<E>(),
+            None if stay => images * planar.pitch(),
+            None => 0,
         }
     }
 
@@ -487,13 +514,13 @@ impl<'v> Context<'v> {
         if self.by_channel(planar) {
             return for_each_piece(self.workers, planar.channels, &|_, channels| {
                 let values = Values::Merged(Some(close));
-                dispatch(self.tier, self.whole::<E, R, S>(planar, channels, reduction, values, false));
+                dispatch(self.tier, self.whole::<E, R, S>(planar, channels, reduction, values, Next::Left));
             });
         }
         let values: &mut [[f64; S]] = wide.as_chunks_mut().0;
         let out = Disjoint::new(values);
         let (of_each, batch) = (planar.blocks(), 1);
-        let ahead = self.ahead::<E, R, S>(planar, batch);
+        let ahead = self.ahead::<E, R, S>(planar, batch, Next::Left);
         for_each_piece(self.workers, planar.channels * of_each, &|piece, items| {
             for channel in items.start / of_each..items.end.div_ceil(of_each) {
                 let block_of = |item: usize| item.saturating_sub(channel * of_each).min(of_each);
@@ -583,8 +610,7 @@ impl<'v> Context<'v> {
         let (values, wide) = wide.split_at_mut(rows.blocks() * S * rows.channels);
         let (out, wide, work) = (Disjoint::new(values), Disjoint::new(wide), Disjoint::new(work));
         let width = self.row_width(rows);
-        let bytes = rows.rows * rows.channels * size_of::<E>();
-        let from_memory = self.views.is_none() && bytes > FROM_MEMORY[usize::from(R::TENSORS > 1)];
+        let from_memory = self.views.is_none() && from_memory::<E, R, S>(rows.rows * rows.channels);
         for_each_piece(self.workers, rows.blocks() * tiles, &|piece, items| {
             let part = |values: usize| piece * values * width..(piece + 1) * values * width;
             // SAFETY: each piece has its own part of the work memory.
@@ -685,6 +711,11 @@ impl Stretches {
 /// Bytes of a channel of all tensors that a reduction reads.
 fn channel_bytes<E: Element, R: Reduction<E, S>, const S: usize>(planar: Planar) -> usize {
     planar.planes * planar.plane * size_of::<E>() * R::TENSORS
+}
+
+/// Whether hardly any of the tensors of so many elements that a reduction reads is found in a cache.
+fn from_memory<E: Element, R: Reduction<E, S>, const S: usize>(elements: usize) -> bool {
+    elements * size_of::<E>() > FROM_MEMORY[usize::from(R::TENSORS > 1)]
 }
 
 /// Ranges of up to [`BATCH`] channels.

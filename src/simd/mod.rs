@@ -10,6 +10,7 @@
 
 pub(crate) mod dispatch;
 mod portable;
+mod tuning;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
@@ -19,6 +20,7 @@ use crate::element::{Element, Real};
 
 pub(crate) use dispatch::{Dispatched, Kernel, dispatch};
 pub use dispatch::{Part, Tier};
+pub(crate) use tuning::Tuning;
 
 /// Lanes of the widest logical vector (f32); buffers for one vector are this long.
 pub(crate) const MAX_LANES: usize = 16;

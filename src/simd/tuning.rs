@@ -1,0 +1,60 @@
+//! What CPUs of each tier were measured to be fastest with, where they differ: a Zen 3 for AVX2, which stands for the portable tier
+//! too, and a Zen 5 for AVX-512. No bits depend on it. docs/performance.md has the figures.
+
+use super::Tier;
+
+/// Quarters of the largest cache that a pass reads and writes from which on its results go past the caches.
+pub(crate) struct Streamed {
+    /// Of a map alone, such as inference.
+    pub(crate) map: usize,
+    /// Of a forward pass in training.
+    pub(crate) forward: usize,
+    /// Of a backward pass.
+    pub(crate) backward: usize,
+}
+
+/// See the module.
+pub(crate) struct Tuning {
+    /// On one thread, and on more: those read a cache that they share faster, but write past it no faster.
+    pub(crate) streamed: [Streamed; 2],
+    /// Whether a lone thread reads four images from memory as fast as it could ask for them, since the CPU foresees these images.
+    pub(crate) keeps_up: bool,
+    /// Whether what comes from memory is summed beside what is written, rather than asked for and summed after that.
+    pub(crate) beside_from_memory: bool,
+    /// Bytes of the channels of a batch, where the next one is asked for while this one is mapped: both are to wait in a cache near by.
+    pub(crate) asked_batch: usize,
+    /// Bytes that are asked for ahead of the runs of all tensors that are summed at a time; if none, it depends on the tensors.
+    pub(crate) ahead_of_runs: Option<usize>,
+    /// Bytes of the longest rows that are asked for in the order of their addresses while they are summed, from memory: of one tensor,
+    /// and of each of several.
+    pub(crate) in_order: [usize; 2],
+    /// Bytes that are asked for ahead of rows as long or longer which are mapped; if none, as many as of others.
+    pub(crate) ahead_in_row: Option<usize>,
+}
+
+impl Tier {
+    /// What its CPUs are fastest with.
+    pub(crate) const fn tuning(self) -> &'static Tuning {
+        const LONE: Streamed = Streamed { map: 2, forward: 2, backward: 2 };
+        match self {
+            Tier::Portable | Tier::Avx2 => &Tuning {
+                streamed: [LONE, Streamed { map: 4, forward: 4, backward: 3 }],
+                keeps_up: true,
+                beside_from_memory: true,
+                asked_batch: 600 << 10,
+                ahead_of_runs: None,
+                in_order: [4 << 10, 4 << 10],
+                ahead_in_row: Some(1 << 10),
+            },
+            Tier::Avx512 => &Tuning {
+                streamed: [LONE, Streamed { map: 4, forward: 3, backward: 3 }],
+                keeps_up: false,
+                beside_from_memory: false,
+                asked_batch: 300 << 10,
+                ahead_of_runs: Some(12 << 10),
+                in_order: [4 << 10, 256],
+                ahead_in_row: None,
+            },
+        }
+    }
+}
