@@ -13,6 +13,9 @@ const CROWDED: usize = 16 << 10;
 /// The fewest bytes of a row that are worth going to before the next row.
 const STRIP: usize = 4 << 10;
 
+/// Bytes of a row from which on pairs of them are no faster.
+const PAIRED: usize = 1 << 10;
+
 /// Bytes that are asked for ahead in a cache.
 const AHEAD: usize = 2 << 10;
 /// The same from memory.
@@ -478,23 +481,58 @@ unsafe fn write_whole<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
     target: Target<'_, M::Element>,
 ) {
     let lanes = Compute::<I, M::Element>::LANES;
-    while vectors > 0 {
-        // To the end of the row, without a look at where it is.
-        let first = *params;
-        let n = (params.period - first.column).div_ceil(lanes).min(vectors);
-        for v in 0..n {
-            let at = at + v * lanes;
+    // Vectors up to the end of the row.
+    let left = |params: &Periodic<'_, _>| (params.period - params.column).div_ceil(lanes);
+    // SAFETY, for both loops: the caller's promise.
+    unsafe {
+        let row = params.period / lanes;
+        let paired = !STREAM && params.period.is_multiple_of(lanes) && params.period * size_of::<M::Element>() < PAIRED;
+        while I::TIER.tuning().pairs_rows && paired && vectors >= 2 * row {
+            let end = left(params);
+            for (from, n) in [(0, end), (end, row - end)] {
+                columns::<I, M, K, STREAM, 2>(isa, map, params, (at + from * lanes, n), ahead, target);
+            }
+            (at, vectors) = (at + 2 * row * lanes, vectors - 2 * row);
+        }
+        while vectors > 0 {
+            let n = left(params).min(vectors);
+            columns::<I, M, K, STREAM, 1>(isa, map, params, (at, n), ahead, target);
+            (at, vectors) = (at + n * lanes, vectors - n);
+        }
+    }
+}
+
+/// Writes so many vectors of a row from element `at`, up to its end, and those of the same columns of the rows that follow, in `ROWS` rows.
+///
+/// # Safety
+/// As [`over_rows`], for these, and [`Target::store`].
+#[inline(always)]
+unsafe fn columns<I: Isa, M: Map<K>, const K: usize, const STREAM: bool, const ROWS: usize>(
+    isa: I,
+    map: M,
+    params: &mut Periodic<'_, <M::Element as Storage>::Compute>,
+    (at, vectors): (usize, usize),
+    ahead: usize,
+    target: Target<'_, M::Element>,
+) {
+    let lanes = Compute::<I, M::Element>::LANES;
+    // Without a look at where the row ends.
+    let first = *params;
+    for v in 0..vectors {
+        params.column = first.column + v * lanes;
+        let vectors = params.get(isa);
+        for row in 0..ROWS {
+            let at = at + v * lanes + row * params.period;
             map.prefetch(isa, at + ahead);
-            params.column = first.column + v * lanes;
             // SAFETY: the caller's promise.
             unsafe {
-                let value = map.at::<I, true>(isa, &params.get(isa), at, lanes);
+                let value = map.at::<I, true>(isa, &vectors, at, lanes);
                 target.store::<I, STREAM>(isa, value, at);
             }
         }
-        params.pass(lanes);
-        (at, vectors) = (at + n * lanes, vectors - n);
     }
+    *params = first;
+    params.pass(vectors * lanes);
 }
 
 /// The first `n` elements of a vector from element `at`, which is all that is to be written there; safe as [`over_rows`]. There are two

@@ -28,6 +28,8 @@ pub(crate) struct Tuning {
     /// Bytes of the longest rows that are asked for in the order of their addresses while they are summed, from memory: of one tensor,
     /// and of each of several.
     pub(crate) in_order: [usize; 2],
+    /// Whether rows are mapped in pairs that share the loads of their parameters, in the caches.
+    pub(crate) pairs_rows: bool,
     /// Bytes that are asked for ahead of rows as long or longer which are mapped; if none, as many as of others.
     pub(crate) ahead_in_row: Option<usize>,
 }
@@ -44,6 +46,7 @@ impl Tier {
                 asked_batch: 600 << 10,
                 ahead_of_runs: None,
                 in_order: [4 << 10, 4 << 10],
+                pairs_rows: false,
                 ahead_in_row: Some(1 << 10),
             },
             Tier::Avx512 => &Tuning {
@@ -53,6 +56,7 @@ impl Tier {
                 asked_batch: 300 << 10,
                 ahead_of_runs: Some(12 << 10),
                 in_order: [4 << 10, 256],
+                pairs_rows: true,
                 ahead_in_row: None,
             },
         }
