@@ -483,10 +483,10 @@ unsafe fn write_whole<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
     let lanes = Compute::<I, M::Element>::LANES;
     // Vectors up to the end of the row.
     let left = |params: &Periodic<'_, _>| (params.period - params.column).div_ceil(lanes);
-    // SAFETY, for both loops: the caller's promise.
+    let row = params.period / lanes;
+    let paired = !STREAM && params.period.is_multiple_of(lanes) && params.period * size_of::<M::Element>() < PAIRED;
+    // SAFETY: the caller's promise, for all.
     unsafe {
-        let row = params.period / lanes;
-        let paired = !STREAM && params.period.is_multiple_of(lanes) && params.period * size_of::<M::Element>() < PAIRED;
         while I::TIER.tuning().pairs_rows && paired && vectors >= 2 * row {
             let end = left(params);
             for (from, n) in [(0, end), (end, row - end)] {

@@ -334,8 +334,8 @@ pub(crate) struct RowBlock {
     pub(crate) columns: (usize, usize),
     /// The channel of the first column; not zero where a tile of columns was packed.
     pub(crate) base: usize,
-    /// Whether the elements come from memory, rather than from a cache.
-    pub(crate) from_memory: bool,
+    /// Whether whole rows that follow are asked for in the order of their addresses, since they come from memory.
+    pub(crate) in_order: bool,
 }
 
 /// Memory for the sums of rows: each array has a value per column, up to whole vectors.
@@ -363,8 +363,7 @@ pub(crate) unsafe fn over_rows<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vect
     columns: &mut Columns<'_, R>,
 ) {
     let row = block.period * size_of::<R>();
-    let longest = I::TIER.tuning().in_order[usize::from(T::TENSORS > 1)];
-    let in_order = block.from_memory && row <= longest && block.columns == (0, block.period);
+    let in_order = block.in_order && block.columns == (0, block.period);
     // SAFETY: the caller's promise.
     unsafe {
         match row.min(FAR) * T::TENSORS {

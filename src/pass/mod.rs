@@ -611,6 +611,9 @@ impl<'v> Context<'v> {
         let (out, wide, work) = (Disjoint::new(values), Disjoint::new(wide), Disjoint::new(work));
         let width = self.row_width(rows);
         let from_memory = self.views.is_none() && from_memory::<E, R, S>(rows.rows * rows.channels);
+        let several = R::TENSORS > 1 && size_of::<E>() >= size_of::<f32>();
+        let row = rows.period() * size_of::<E::Param>();
+        let in_order = from_memory && row <= self.tuning().in_order[usize::from(several)];
         for_each_piece(self.workers, rows.blocks() * tiles, &|piece, items| {
             let part = |values: usize| piece * values * width..(piece + 1) * values * width;
             // SAFETY: each piece has its own part of the work memory.
@@ -626,7 +629,7 @@ impl<'v> Context<'v> {
                     let at = (b * S + k) * rows.channels;
                     out.slice(at + tile.start..at + tile.end.min(rows.channels))
                 });
-                let (block, columns) = (rows::block(rows, b, tile, from_memory), &mut columns);
+                let (block, columns) = (rows::block(rows, b, tile, in_order), &mut columns);
                 let Some(views) = self.views else {
                     dispatch(self.tier, rows::Block { block, reduction, columns, out });
                     continue;

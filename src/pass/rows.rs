@@ -14,7 +14,7 @@ use crate::simd::{Compute, Isa, Kernel, Storage, Vector};
 use crate::tensor::Disjoint;
 
 /// A tile of a block of rows, as the kernels take it.
-pub(super) fn block(rows: Rows, block: usize, tile: Range<usize>, from_memory: bool) -> RowBlock {
+pub(super) fn block(rows: Rows, block: usize, tile: Range<usize>, in_order: bool) -> RowBlock {
     let range = rows.block(block);
     RowBlock {
         channels: rows.channels,
@@ -23,7 +23,7 @@ pub(super) fn block(rows: Rows, block: usize, tile: Range<usize>, from_memory: b
         period: rows.period(),
         columns: (tile.start, tile.end),
         base: 0,
-        from_memory,
+        in_order,
     }
 }
 

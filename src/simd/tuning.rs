@@ -25,8 +25,8 @@ pub(crate) struct Tuning {
     pub(crate) asked_batch: usize,
     /// Bytes that are asked for ahead of the runs of all tensors that are summed at a time; if none, it depends on the tensors.
     pub(crate) ahead_of_runs: Option<usize>,
-    /// Bytes of the longest rows that are asked for in the order of their addresses while they are summed, from memory: of one tensor,
-    /// and of each of several.
+    /// Bytes of the longest rows, once widened, that are asked for in the order of their addresses while they are summed, from memory:
+    /// of one tensor or of half floats, and of each of several tensors of others.
     pub(crate) in_order: [usize; 2],
     /// Whether rows are mapped in pairs that share the loads of their parameters, in the caches.
     pub(crate) pairs_rows: bool,
