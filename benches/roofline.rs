@@ -285,10 +285,10 @@ fn run<E: Element>(
             let turns = args.turns.unwrap_or(if args.quick { 15 } else { 31 });
             let (kernel_us, stream_us) = pool.install(|| {
                 let mut times = [const { Vec::new() }; 3];
-                // Enough calls a turn for the clock.
+                // Enough calls a turn for the clock, and for the caches to forget what was timed before.
                 let started = Instant::now();
                 kernel(&mut out).expect("a call of the bench");
-                let calls = (200e-6 / started.elapsed().as_secs_f64()).clamp(1.0, 100.0) as usize;
+                let calls = (2e-3 / started.elapsed().as_secs_f64()).clamp(1.0, 500.0) as usize;
                 for _ in 0..turns {
                     let mut time = |slot: usize, f: &mut dyn FnMut()| {
                         f();

@@ -8,7 +8,7 @@ use crate::kernel::map::Target;
 use crate::moments::{GradientSums, Keep, Moments, MomentsTo, Saved, SumsTo, common_count};
 use crate::operation::{Operation, Origin};
 use crate::pass::BATCH;
-use crate::plan::{BatchNorm, Moves};
+use crate::plan::BatchNorm;
 use crate::tensor::{Disjoint, InOut, Side, Source};
 
 impl<E: Element> BatchNorm<E> {
@@ -69,7 +69,7 @@ impl<E: Element> BatchNorm<E> {
         self.check_affine(affine)?;
         self.check_saved(saved)?;
         let origin = Origin::Batch(saved);
-        self.execute(Operation::Normalize { normalize: self.normalize_to(io, affine, Moves::Map), origin });
+        self.execute(Operation::Normalize { normalize: self.normalize_to(io, affine), origin });
         Ok(())
     }
 
@@ -148,7 +148,7 @@ impl<E: Element> BatchNorm<E> {
         self.check_saved(saved)?;
         self.check_rebuild(affine, saved)?;
         let from = self.upstreams(Source::new(x, Side::X), io.from, saved, affine, saved.count);
-        let dx = Target::new(io.to, self.streams::<E>(io.is_in_place(), Moves::Backward));
+        let dx = Target::new(io.to, self.streams::<E>(io.is_in_place(), 3));
         self.execute(Operation::InputGradient { from, dx, sums });
         Ok(())
     }
@@ -191,7 +191,7 @@ impl<E: Element> BatchNorm<E> {
         let gradients = Gradients { dresidual: Some(dresidual), ..Default::default() };
         self.check_backward_halves(x, dy, saved, affine, &gradients)?;
         let from = self.upstreams(Source::new(x, Side::X), Source::new(dy, Side::Y), saved, affine, saved.count);
-        let streaming = self.streams::<E>(false, Moves::Backward);
+        let streaming = self.streams::<E>(false, 3);
         let dresidual = gradients.dresidual.map(|tensor| Target::new(Disjoint::tensor(tensor, Side::Y), streaming));
         let out = self.gradients_to(saved, None, None);
         self.execute(Operation::Backward { from, dx: None, dresidual, out });

@@ -25,9 +25,8 @@ use crate::view::{View, Views};
 #[non_exhaustive]
 pub enum Stores {
     /// Past the caches where what a pass reads and writes is more than half of the largest cache, and through them otherwise. With
-    /// several threads it is `x`, `dy` and `dx` of more than three quarters of it, and `x` and `y` of more than all of it, or of more
-    /// than three quarters in training with AVX-512. No more than 96 MiB of that cache are counted on, since dozens of cores share a
-    /// larger one.
+    /// several threads it is `x` and `y` of more than all of it, and `x`, `dy` and `dx` of more than three quarters. No more than 96 MiB
+    /// of that cache are counted on, since dozens of cores share a larger one.
     #[default]
     Auto,
     /// Through the caches: for a tensor that is read again at once.
@@ -38,17 +37,9 @@ pub enum Stores {
 
 /// Bytes of a tensor from which on it comes from memory: it is read ahead, and once if it can be.
 const LARGE: usize = 8 << 20;
-
-/// What moves tensors.
-#[derive(Clone, Copy)]
-pub(crate) enum Moves {
-    /// A map of one tensor to another.
-    Map,
-    /// A forward pass in training.
-    Forward,
-    /// A backward pass.
-    Backward,
-}
+/// Quarters of the largest cache that a pass reads and writes from which on its results go past the caches, on one thread and on more:
+/// those read a cache that they share faster, but write past it no faster. Of each, where that is two tensors and where it is more.
+const STREAMED: [[usize; 2]; 2] = [[2, 2], [4, 3]];
 
 /// Batch Normalization (Ioffe & Szegedy 2015) of tensors of one shape and element type.
 ///
@@ -307,8 +298,8 @@ impl<E: Element> BatchNorm<E> {
         }
     }
 
-    /// Whether a pass stores past the caches. In place the lines are at hand anyway.
-    pub(crate) fn streams<T>(&self, in_place: bool, moves: Moves) -> bool {
+    /// Whether a pass over so many `tensors` stores past the caches. In place the lines are at hand anyway.
+    pub(crate) fn streams<T>(&self, in_place: bool, tensors: usize) -> bool {
         let bytes = self.shape.len() * size_of::<T>();
         !in_place
             && self.views.is_none()
@@ -317,12 +308,7 @@ impl<E: Element> BatchNorm<E> {
                 Stores::Streaming => true,
                 Stores::Auto => {
                     let several = self.parallelism.workers(bytes) > 1;
-                    let streamed = &self.tier.tier().tuning().streamed[usize::from(several)];
-                    let (tensors, quarters) = match moves {
-                        Moves::Map => (2, streamed.map),
-                        Moves::Forward => (2, streamed.forward),
-                        Moves::Backward => (3, streamed.backward),
-                    };
+                    let quarters = STREAMED[usize::from(several)][usize::from(tensors > 2)];
                     bytes.saturating_mul(tensors) >= largest_cache() / 4 * quarters
                 }
             }
@@ -451,7 +437,7 @@ impl<E: Element> BatchNorm<E> {
     pub(crate) fn train(&self, io: InOut<'_, E>, affine: Affine<'_, E>, saved: &mut Saved<E::Param>) -> Result<()> {
         self.check_train(affine, saved)?;
         let count = self.count();
-        let normalize = self.normalize_to(io, affine, Moves::Forward);
+        let normalize = self.normalize_to(io, affine);
         self.execute(Operation::Train { normalize, record: saved.recorder(count, self.eps) });
         Ok(())
     }
@@ -496,13 +482,13 @@ impl<E: Element> BatchNorm<E> {
         self.check_affine(affine)?;
         self.check_population(population)?;
         let origin = Origin::Population { population, eps: self.eps };
-        self.execute(Operation::Normalize { normalize: self.normalize_to(io, affine, Moves::Map), origin });
+        self.execute(Operation::Normalize { normalize: self.normalize_to(io, affine), origin });
         Ok(())
     }
 
-    pub(crate) fn normalize_to<'a>(&self, io: InOut<'a, E>, affine: Affine<'a, E>, moves: Moves) -> NormalizeTo<'a, E> {
+    pub(crate) fn normalize_to<'a>(&self, io: InOut<'a, E>, affine: Affine<'a, E>) -> NormalizeTo<'a, E> {
         let first_bit = affine.recording().map(|gates| gates.first());
-        let y = Target::new(io.to, self.streams::<E>(io.is_in_place(), moves)).with_bits(first_bit);
+        let y = Target::new(io.to, self.streams::<E>(io.is_in_place(), 2)).with_bits(first_bit);
         NormalizeTo { x: io.from, affine, y }
     }
 
@@ -529,7 +515,7 @@ impl<E: Element> BatchNorm<E> {
     ) where
         M::Element: Storage<Compute = E::Param>,
     {
-        let target = Target::new(io.to, self.streams::<M::Element>(io.is_in_place(), Moves::Map));
+        let target = Target::new(io.to, self.streams::<M::Element>(io.is_in_place(), 2));
         if self.logical().is_empty() {
             return self.clear(target, map.zero());
         }
@@ -669,7 +655,7 @@ impl<E: Element> BatchNorm<E> {
         self.check_backward(saved, affine, dgamma.as_deref(), dbeta.as_deref())?;
         let from = self.upstreams(x, dy, saved, affine, self.count());
         let out = self.gradients_to(saved, dgamma, dbeta);
-        let streaming = self.streams::<E>(dx.is_some_and(|dx| dx.is_in_place()), Moves::Backward);
+        let streaming = self.streams::<E>(dx.is_some_and(|dx| dx.is_in_place()), 3);
         let target = |to| Target::new(to, streaming);
         let (dx, dresidual) = (dx.map(|dx| target(dx.to)), dresidual.map(target));
         self.execute(Operation::Backward { from, dx, dresidual, out });

@@ -50,8 +50,6 @@ const AHEAD_BATCH: usize = 4 << 20;
 /// The shortest plane that is written beside the sums of others, in bytes, by a thread that keeps up with memory anyway, see
 /// [`Context::keeps_up`], and by others.
 const BESIDE_PLANE: [usize; 2] = [2 << 10, 512];
-/// Bytes that are asked for ahead in a batch that is mapped, where the next one is not: it may wait in a third-level cache.
-const AHEAD_MAPPED: usize = 1 << 10;
 /// Bytes of a tensor from which on hardly any of it is found in a cache: of the only one that a reduction reads, of each of several.
 const FROM_MEMORY: [usize; 2] = [16 << 20, 6 << 20];
 /// Elements of a tile that is packed: a few of them stay in a second-level cache.
@@ -178,8 +176,9 @@ impl<'v> Context<'v> {
         let plane = planar.plane * size_of::<E>();
         let read = channel_bytes::<E, R, S>(planar).saturating_mul(planar.channels);
         let is_long = plane >= FUSED_LONG_PLANE && planar.together() > 1;
+        let is_large = self.large && (R::TENSORS > 1 || read >= self.tuning().fused_of_one);
         self.by_channel(planar)
-            && (self.large && plane >= FUSED_PLANE || is_long && read >= FUSED[usize::from(self.workers > 1)])
+            && (is_large && plane >= FUSED_PLANE || is_long && read >= FUSED[usize::from(self.workers > 1)])
     }
 
     /// Whether a lone thread reads four images at a time, and gets them sooner than it could ask for their lines.
@@ -342,7 +341,7 @@ impl<'v> Context<'v> {
                 let next = self.next::<E, R, S>(planar);
                 let batch = self.batch::<E, R, S>(planar, next);
                 let waits = channel_bytes::<E, R, S>(planar) * batch <= AHEAD_BATCH;
-                let (beside, mapped) = (next == Next::Read, AHEAD_MAPPED / size_of::<E>());
+                let (beside, mapped) = (next == Next::Read, self.tuning().ahead_of_mapped / size_of::<E>());
                 let asked = if waits && next == Next::Asked { batch * planar.plane } else { mapped };
                 for_each_piece(self.workers, planar.channels, &|_, channels| {
                     let reduce = self.whole(planar, channels, reduction, Values::Merged(None), next);

@@ -3,20 +3,11 @@
 
 use super::Tier;
 
-/// Quarters of the largest cache that a pass reads and writes from which on its results go past the caches.
-pub(crate) struct Streamed {
-    /// Of a map alone, such as inference.
-    pub(crate) map: usize,
-    /// Of a forward pass in training.
-    pub(crate) forward: usize,
-    /// Of a backward pass.
-    pub(crate) backward: usize,
-}
-
 /// See the module.
 pub(crate) struct Tuning {
-    /// On one thread, and on more: those read a cache that they share faster, but write past it no faster.
-    pub(crate) streamed: [Streamed; 2],
+    /// Bytes that a reduction of a single tensor of short planes reads at least for the pass to go over it once; of several tensors, and
+    /// of long planes, see the passes.
+    pub(crate) fused_of_one: usize,
     /// Whether a lone thread reads four images from memory as fast as it could ask for them, since the CPU foresees these images.
     pub(crate) keeps_up: bool,
     /// Whether what comes from memory is summed beside what is written, rather than asked for and summed after that.
@@ -25,6 +16,8 @@ pub(crate) struct Tuning {
     pub(crate) asked_batch: usize,
     /// Bytes that are asked for ahead of the runs of all tensors that are summed at a time; if none, it depends on the tensors.
     pub(crate) ahead_of_runs: Option<usize>,
+    /// Bytes that are asked for ahead in a batch that is mapped, where the next one is not: it may wait in a third-level cache.
+    pub(crate) ahead_of_mapped: usize,
     /// Bytes of the longest rows, once widened, that are asked for in the order of their addresses while they are summed, from memory:
     /// of one tensor or of half floats, and of each of several tensors of others.
     pub(crate) in_order: [usize; 2],
@@ -37,24 +30,25 @@ pub(crate) struct Tuning {
 impl Tier {
     /// What its CPUs are fastest with.
     pub(crate) const fn tuning(self) -> &'static Tuning {
-        const LONE: Streamed = Streamed { map: 2, forward: 2, backward: 2 };
         match self {
             Tier::Portable | Tier::Avx2 => &Tuning {
-                streamed: [LONE, Streamed { map: 4, forward: 4, backward: 3 }],
+                fused_of_one: 8 << 20,
                 keeps_up: true,
                 beside_from_memory: true,
                 asked_batch: 600 << 10,
                 ahead_of_runs: None,
+                ahead_of_mapped: 1 << 10,
                 in_order: [4 << 10, 4 << 10],
                 pairs_rows: false,
                 ahead_in_row: Some(1 << 10),
             },
             Tier::Avx512 => &Tuning {
-                streamed: [LONE, Streamed { map: 4, forward: 3, backward: 3 }],
+                fused_of_one: 16 << 20,
                 keeps_up: false,
                 beside_from_memory: false,
                 asked_batch: 300 << 10,
                 ahead_of_runs: Some(12 << 10),
+                ahead_of_mapped: 4 << 10,
                 in_order: [4 << 10, 256],
                 pairs_rows: true,
                 ahead_in_row: None,
