@@ -12,13 +12,9 @@ pub(crate) const GROUP: usize = BAND;
 /// Groups that are added up before they are widened to f64.
 pub(crate) const GROUPS: usize = 4;
 
-/// Bytes that are asked for ahead in each of the rows that are read at a time, which the CPU does not foresee well.
-const AHEAD: usize = 512;
 /// Bytes from one row to the next at which all lines of a column crowd the same few places of a first-level cache, as many as eight
 /// in the smallest. The closer they come to that, the fewer rows are read at a time.
 const FAR: usize = 4096;
-/// Bytes that whole rows of all tensors are asked for ahead in the order of their addresses, where they come from memory.
-const AHEAD_IN_ORDER: usize = 16 << 10;
 
 /// Two terms per element, made of `K` parameters of the channel.
 pub(crate) trait Terms<I: Isa, const K: usize> {
@@ -334,7 +330,9 @@ pub(crate) struct RowBlock {
     pub(crate) columns: (usize, usize),
     /// The channel of the first column; not zero where a tile of columns was packed.
     pub(crate) base: usize,
-    /// Whether whole rows that follow are asked for in the order of their addresses, since they come from memory.
+    /// How many elements ahead of what is read others are asked for.
+    pub(crate) ahead: usize,
+    /// Whether these are asked for in the order of their addresses, if whole rows are read; else in each row.
     pub(crate) in_order: bool,
 }
 
@@ -424,7 +422,6 @@ unsafe fn sweeps<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vector<I>>, const 
     let wide = [columns.wide[0].as_mut_ptr(), columns.wide[1].as_mut_ptr()];
     // Elements from one group of rows to the next, and of all groups of a sweep.
     let (step, tall) = (GROUP * block.period, H * GROUP * block.period);
-    let ahead = AHEAD / size_of::<R>();
     for (sweep, from) in (0..block.len).step_by(tall).enumerate() {
         let (begins, ends) =
             (sweep % (GROUPS / H) == 0, sweep % (GROUPS / H) == GROUPS / H - 1 || from + tall >= block.len);
@@ -444,17 +441,16 @@ unsafe fn sweeps<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vector<I>>, const 
                 let at = block.start + from + first + c;
                 if from + tall <= block.len && c + lanes <= width {
                     let ahead = if in_order {
-                        let ahead = AHEAD_IN_ORDER / T::TENSORS / size_of::<R>();
-                        let next = block.start + from + tall + ahead + c * H * GROUP;
+                        let next = block.start + from + tall + block.ahead + c * H * GROUP;
                         for i in 0..H * GROUP {
                             terms.prefetch(isa, next.wrapping_add(i * lanes));
                         }
                         0
-                    } else if c + ahead < width {
-                        ahead
+                    } else if c + block.ahead < width {
+                        block.ahead
                     } else {
                         // At the end of these rows what follows in the next ones.
-                        ahead + tall - width
+                        block.ahead + tall - width
                     };
                     for g in 0..H {
                         let at = (at + g * step, lanes);

@@ -50,8 +50,9 @@ const AHEAD_BATCH: usize = 4 << 20;
 /// The shortest plane that is written beside the sums of others, in bytes, by a thread that keeps up with memory anyway, see
 /// [`Context::keeps_up`], and by others.
 const BESIDE_PLANE: [usize; 2] = [2 << 10, 512];
-/// Bytes of a tensor from which on hardly any of it is found in a cache: of the only one that a reduction reads, of each of several.
-const FROM_MEMORY: [usize; 2] = [16 << 20, 6 << 20];
+/// Bytes, once widened, that are asked for ahead in each of the rows that are reduced at a time, in a cache: the CPU does not foresee them
+/// well.
+const AHEAD_IN_ROWS: usize = 512;
 /// Elements of a tile that is packed: a few of them stay in a second-level cache.
 const PACKED_TILE: usize = 65536;
 /// Merges of one channel that are worth another thread.
@@ -192,7 +193,7 @@ impl<'v> Context<'v> {
         let beside = match keeps_up {
             true => R::TENSORS == 1 && plane >= BESIDE_PLANE[0],
             false => {
-                let from_memory = from_memory::<E, R, S>(planar.planes * planar.pitch());
+                let from_memory = self.reads_memory::<E, R, S>(planar.planes * planar.pitch());
                 let pays = self.tuning().beside_from_memory || !from_memory;
                 planar.together() > 1 && plane >= BESIDE_PLANE[1] && pays
             }
@@ -202,6 +203,11 @@ impl<'v> Context<'v> {
             false if keeps_up => Next::Left,
             false => Next::Asked,
         }
+    }
+
+    /// Whether hardly any of the tensors of so many elements that a reduction reads is found in a cache.
+    fn reads_memory<E: Element, R: Reduction<E, S>, const S: usize>(&self, elements: usize) -> bool {
+        elements * size_of::<E>() > self.tuning().from_memory[usize::from(R::TENSORS > 1)]
     }
 
     fn tuning(&self) -> &'static Tuning {
@@ -503,6 +509,24 @@ impl<'v> Context<'v> {
         }
     }
 
+    /// How many elements ahead of rows others are asked for while they are reduced, and whether in the order of their addresses.
+    fn ahead_in_rows<E: Element, R: Reduction<E, S>, const S: usize>(
+        &self,
+        rows: Rows,
+        from_memory: bool,
+    ) -> (usize, bool) {
+        let Tuning { in_order, ahead_in_order, ahead_in_rows, .. } = self.tuning();
+        let several = usize::from(R::TENSORS > 1 && size_of::<E>() >= size_of::<f32>());
+        let longest = in_order[usize::from(self.workers > 1)][several];
+        let in_order = from_memory && rows.period() * size_of::<E::Param>() <= longest;
+        let bytes = match from_memory {
+            true if in_order => ahead_in_order[several],
+            true => ahead_in_rows[several],
+            false => AHEAD_IN_ROWS,
+        };
+        (bytes / size_of::<E::Param>(), in_order)
+    }
+
     fn reduce_planar<E: Element, R: Reduction<E, S>, const S: usize>(
         self,
         planar: Planar,
@@ -609,10 +633,8 @@ impl<'v> Context<'v> {
         let (values, wide) = wide.split_at_mut(rows.blocks() * S * rows.channels);
         let (out, wide, work) = (Disjoint::new(values), Disjoint::new(wide), Disjoint::new(work));
         let width = self.row_width(rows);
-        let from_memory = self.views.is_none() && from_memory::<E, R, S>(rows.rows * rows.channels);
-        let several = R::TENSORS > 1 && size_of::<E>() >= size_of::<f32>();
-        let row = rows.period() * size_of::<E::Param>();
-        let in_order = from_memory && row <= self.tuning().in_order[usize::from(several)];
+        let from_memory = self.views.is_none() && self.reads_memory::<E, R, S>(rows.rows * rows.channels);
+        let ahead = self.ahead_in_rows::<E, R, S>(rows, from_memory);
         for_each_piece(self.workers, rows.blocks() * tiles, &|piece, items| {
             let part = |values: usize| piece * values * width..(piece + 1) * values * width;
             // SAFETY: each piece has its own part of the work memory.
@@ -628,7 +650,7 @@ impl<'v> Context<'v> {
                     let at = (b * S + k) * rows.channels;
                     out.slice(at + tile.start..at + tile.end.min(rows.channels))
                 });
-                let (block, columns) = (rows::block(rows, b, tile, in_order), &mut columns);
+                let (block, columns) = (rows::block(rows, b, tile, ahead), &mut columns);
                 let Some(views) = self.views else {
                     dispatch(self.tier, rows::Block { block, reduction, columns, out });
                     continue;
@@ -713,11 +735,6 @@ impl Stretches {
 /// Bytes of a channel of all tensors that a reduction reads.
 fn channel_bytes<E: Element, R: Reduction<E, S>, const S: usize>(planar: Planar) -> usize {
     planar.planes * planar.plane * size_of::<E>() * R::TENSORS
-}
-
-/// Whether hardly any of the tensors of so many elements that a reduction reads is found in a cache.
-fn from_memory<E: Element, R: Reduction<E, S>, const S: usize>(elements: usize) -> bool {
-    elements * size_of::<E>() > FROM_MEMORY[usize::from(R::TENSORS > 1)]
 }
 
 /// Ranges of up to [`BATCH`] channels.

@@ -14,7 +14,7 @@ use crate::simd::{Compute, Isa, Kernel, Storage, Vector};
 use crate::tensor::Disjoint;
 
 /// A tile of a block of rows, as the kernels take it.
-pub(super) fn block(rows: Rows, block: usize, tile: Range<usize>, in_order: bool) -> RowBlock {
+pub(super) fn block(rows: Rows, block: usize, tile: Range<usize>, (ahead, in_order): (usize, bool)) -> RowBlock {
     let range = rows.block(block);
     RowBlock {
         channels: rows.channels,
@@ -23,6 +23,7 @@ pub(super) fn block(rows: Rows, block: usize, tile: Range<usize>, in_order: bool
         period: rows.period(),
         columns: (tile.start, tile.end),
         base: 0,
+        ahead,
         in_order,
     }
 }

@@ -18,9 +18,15 @@ pub(crate) struct Tuning {
     pub(crate) ahead_of_runs: Option<usize>,
     /// Bytes that are asked for ahead in a batch that is mapped, where the next one is not: it may wait in a third-level cache.
     pub(crate) ahead_of_mapped: usize,
-    /// Bytes of the longest rows, once widened, that are asked for in the order of their addresses while they are summed, from memory:
-    /// of one tensor or of half floats, and of each of several tensors of others.
-    pub(crate) in_order: [usize; 2],
+    /// Bytes of a tensor from which on hardly any of it is found in a cache: of the only one that a reduction reads, of each of several.
+    pub(crate) from_memory: [usize; 2],
+    /// Bytes of the longest rows, once widened, that are asked for in the order of their addresses while they are reduced, from memory,
+    /// by one thread and by more: of a single tensor or of half floats, and of each of several tensors of others.
+    pub(crate) in_order: [[usize; 2]; 2],
+    /// Bytes, once widened, that these are asked for ahead.
+    pub(crate) ahead_in_order: [usize; 2],
+    /// The same in each of longer rows that are reduced at a time.
+    pub(crate) ahead_in_rows: [usize; 2],
     /// Whether rows are mapped in pairs that share the loads of their parameters, in the caches.
     pub(crate) pairs_rows: bool,
     /// Bytes that are asked for ahead of rows as long or longer which are mapped; if none, as many as of others.
@@ -38,7 +44,10 @@ impl Tier {
                 asked_batch: 600 << 10,
                 ahead_of_runs: None,
                 ahead_of_mapped: 1 << 10,
-                in_order: [4 << 10, 4 << 10],
+                from_memory: [16 << 20, 6 << 20],
+                in_order: [[4 << 10, 4 << 10]; 2],
+                ahead_in_order: [16 << 10, 16 << 10],
+                ahead_in_rows: [512, 512],
                 pairs_rows: false,
                 ahead_in_row: Some(1 << 10),
             },
@@ -49,7 +58,10 @@ impl Tier {
                 asked_batch: 300 << 10,
                 ahead_of_runs: Some(12 << 10),
                 ahead_of_mapped: 4 << 10,
-                in_order: [4 << 10, 256],
+                from_memory: [16 << 20, 8 << 20],
+                in_order: [[2 << 10, 512], [2 << 10, 2 << 10]],
+                ahead_in_order: [8 << 10, 4 << 10],
+                ahead_in_rows: [2 << 10, 1 << 10],
                 pairs_rows: true,
                 ahead_in_row: None,
             },
