@@ -129,7 +129,7 @@ pub(crate) type Given<'c, P, const K: usize> = &'c (dyn Fn(Range<usize>) -> [Eac
 #[derive(Clone, Copy)]
 enum Order {
     Forwards,
-    /// After a reduction: what it read last may still be in a cache.
+    /// What a reduction read last may still be in a cache.
     Backwards,
 }
 
@@ -198,9 +198,11 @@ impl<'v> Context<'v> {
                 planar.together() > 1 && plane >= BESIDE_PLANE[1] && pays
             }
         };
+        let read = channel_bytes::<E, R, S>(planar) * planar.channels;
+        let is_near = R::TENSORS > 1 && plane >= FUSED_LONG_PLANE && read < self.tuning().asked_of_several;
         match self.tier.tier().streams() && planar::may_write_beside::<E>() && beside {
             true => Next::Read,
-            false if keeps_up => Next::Left,
+            false if keeps_up || is_near => Next::Left,
             false => Next::Asked,
         }
     }
@@ -208,6 +210,11 @@ impl<'v> Context<'v> {
     /// Whether hardly any of the tensors of so many elements that a reduction reads is found in a cache.
     fn reads_memory<E: Element, R: Reduction<E, S>, const S: usize>(&self, elements: usize) -> bool {
         elements * size_of::<E>() > self.tuning().from_memory[usize::from(R::TENSORS > 1)]
+    }
+
+    /// The order in which a tensor is mapped after a reduction.
+    fn order(&self) -> Order {
+        if self.tuning().maps_backwards { Order::Backwards } else { Order::Forwards }
     }
 
     fn tuning(&self) -> &'static Tuning {
@@ -362,7 +369,7 @@ impl<'v> Context<'v> {
                     // SAFETY: each channel is closed once.
                     transpose(&plain(close(channels.clone(), values)), unsafe { out.slice(channels) });
                 });
-                self.map_planar(planar, map, target, (coefficients, room), Order::Backwards);
+                self.map_planar(planar, map, target, (coefficients, room), self.order());
             }
             Geometry::Rows(rows) => {
                 let (coefficients, work) = narrow.split_at_mut(K * rows.padded());
@@ -372,7 +379,7 @@ impl<'v> Context<'v> {
                     // SAFETY: each channel is closed once.
                     unsafe { set_columns(rows, out, lead, channels, &coefficients) }
                 });
-                self.map_rows(rows, map, target, (coefficients, room), Order::Backwards);
+                self.map_rows(rows, map, target, (coefficients, room), self.order());
             }
         }
     }

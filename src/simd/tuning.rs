@@ -12,6 +12,8 @@ pub(crate) struct Tuning {
     pub(crate) keeps_up: bool,
     /// Whether what comes from memory is summed beside what is written, rather than asked for and summed after that.
     pub(crate) beside_from_memory: bool,
+    /// Bytes of several tensors of long planes from which on the next batch is asked for: of fewer, what some cache still has comes sooner.
+    pub(crate) asked_of_several: usize,
     /// Bytes of the channels of a batch, where the next one is asked for while this one is mapped: both are to wait in a cache near by.
     pub(crate) asked_batch: usize,
     /// Bytes that are asked for ahead of the runs of all tensors that are summed at a time; if none, it depends on the tensors.
@@ -27,6 +29,8 @@ pub(crate) struct Tuning {
     pub(crate) ahead_in_order: [usize; 2],
     /// The same in each of longer rows that are reduced at a time.
     pub(crate) ahead_in_rows: [usize; 2],
+    /// Whether a tensor is mapped from its end, which was read last, rather than in the order that the CPU foresees.
+    pub(crate) maps_backwards: bool,
     /// Whether rows are mapped in pairs that share the loads of their parameters, in the caches.
     pub(crate) pairs_rows: bool,
     /// Bytes that are asked for ahead of rows as long or longer which are mapped; if none, as many as of others.
@@ -41,6 +45,7 @@ impl Tier {
                 fused_of_one: 8 << 20,
                 keeps_up: true,
                 beside_from_memory: true,
+                asked_of_several: 0,
                 asked_batch: 600 << 10,
                 ahead_of_runs: None,
                 ahead_of_mapped: 1 << 10,
@@ -48,6 +53,7 @@ impl Tier {
                 in_order: [[4 << 10, 4 << 10]; 2],
                 ahead_in_order: [16 << 10, 16 << 10],
                 ahead_in_rows: [512, 512],
+                maps_backwards: true,
                 pairs_rows: false,
                 ahead_in_row: Some(1 << 10),
             },
@@ -55,6 +61,7 @@ impl Tier {
                 fused_of_one: 16 << 20,
                 keeps_up: false,
                 beside_from_memory: false,
+                asked_of_several: 128 << 20,
                 asked_batch: 300 << 10,
                 ahead_of_runs: Some(12 << 10),
                 ahead_of_mapped: 4 << 10,
@@ -62,6 +69,7 @@ impl Tier {
                 in_order: [[2 << 10, 512], [2 << 10, 2 << 10]],
                 ahead_in_order: [8 << 10, 4 << 10],
                 ahead_in_rows: [2 << 10, 1 << 10],
+                maps_backwards: false,
                 pairs_rows: true,
                 ahead_in_row: None,
             },
