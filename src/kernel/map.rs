@@ -437,7 +437,7 @@ pub(crate) unsafe fn over_rows<I: Isa, M: Map<K>, const K: usize>(
             i += rows * period;
         }
         let vectors = (len - i) / lanes;
-        let ahead = match I::TIER.tuning().ahead_in_row.map(|bytes| bytes / size_of::<M::Element>()) {
+        let ahead = match I::TIER.tuning().ahead_in_mapped_rows.map(|bytes| bytes / size_of::<M::Element>()) {
             Some(ahead) if period >= ahead => ahead,
             _ => target.ahead(),
         };
@@ -484,10 +484,11 @@ unsafe fn write_whole<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
     // Vectors up to the end of the row.
     let left = |params: &Periodic<'_, _>| (params.period - params.column).div_ceil(lanes);
     let row = params.period / lanes;
-    let paired = !STREAM && params.period.is_multiple_of(lanes) && params.period * size_of::<M::Element>() < PAIRED;
+    let pairs = I::TIER.tuning().pairs_rows && !STREAM;
+    let pairs = pairs && params.period.is_multiple_of(lanes) && params.period * size_of::<M::Element>() < PAIRED;
     // SAFETY: the caller's promise, for all.
     unsafe {
-        while I::TIER.tuning().pairs_rows && paired && vectors >= 2 * row {
+        while pairs && vectors >= 2 * row {
             let end = left(params);
             for (from, n) in [(0, end), (end, row - end)] {
                 columns::<I, M, K, STREAM, 2>(isa, map, params, (at + from * lanes, n), ahead, target);
@@ -502,7 +503,7 @@ unsafe fn write_whole<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
     }
 }
 
-/// Writes so many vectors of a row from element `at`, up to its end, and those of the same columns of the rows that follow, in `ROWS` rows.
+/// Writes so many vectors from element `at`, up to the end of a row, and those of the same columns in the rows that follow: `ROWS` rows.
 ///
 /// # Safety
 /// As [`over_rows`], for these, and [`Target::store`].
@@ -520,13 +521,13 @@ unsafe fn columns<I: Isa, M: Map<K>, const K: usize, const STREAM: bool, const R
     let first = *params;
     for v in 0..vectors {
         params.column = first.column + v * lanes;
-        let vectors = params.get(isa);
+        let of_columns = params.get(isa);
         for row in 0..ROWS {
             let at = at + v * lanes + row * params.period;
             map.prefetch(isa, at + ahead);
             // SAFETY: the caller's promise.
             unsafe {
-                let value = map.at::<I, true>(isa, &vectors, at, lanes);
+                let value = map.at::<I, true>(isa, &of_columns, at, lanes);
                 target.store::<I, STREAM>(isa, value, at);
             }
         }

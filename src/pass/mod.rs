@@ -175,7 +175,7 @@ impl<'v> Context<'v> {
     /// Whether both halves go over the tensor together: not where it stays in a cache near by, nor in short steps.
     fn fuses<E: Element, R: Reduction<E, S>, const S: usize>(&self, planar: Planar) -> bool {
         let plane = planar.plane * size_of::<E>();
-        let read = channel_bytes::<E, R, S>(planar).saturating_mul(planar.channels);
+        let read = bytes_read::<E, R, S>(planar);
         let is_long = plane >= FUSED_LONG_PLANE && planar.together() > 1;
         let is_large = self.large && (R::TENSORS > 1 || read >= self.tuning().fused_of_one);
         self.by_channel(planar)
@@ -190,17 +190,14 @@ impl<'v> Context<'v> {
     /// What is done about the next batch.
     fn next<E: Element, R: Reduction<E, S>, const S: usize>(&self, planar: Planar) -> Next {
         let (plane, keeps_up) = (planar.plane * size_of::<E>(), self.keeps_up(planar));
+        let may = self.tuning().beside_from_memory || !self.reads_memory::<E, R, S>(planar.planes * planar.pitch());
         let beside = match keeps_up {
             true => R::TENSORS == 1 && plane >= BESIDE_PLANE[0],
-            false => {
-                let from_memory = self.reads_memory::<E, R, S>(planar.planes * planar.pitch());
-                let pays = self.tuning().beside_from_memory || !from_memory;
-                planar.together() > 1 && plane >= BESIDE_PLANE[1] && pays
-            }
+            false => planar.together() > 1 && plane >= BESIDE_PLANE[1],
         };
-        let read = channel_bytes::<E, R, S>(planar) * planar.channels;
-        let is_near = R::TENSORS > 1 && plane >= FUSED_LONG_PLANE && read < self.tuning().asked_of_several;
-        match self.tier.tier().streams() && planar::may_write_beside::<E>() && beside {
+        let few = bytes_read::<E, R, S>(planar) < self.tuning().asked_of_several;
+        let is_near = R::TENSORS > 1 && plane >= FUSED_LONG_PLANE && few;
+        match self.tier.tier().streams() && planar::may_write_beside::<E>() && may && beside {
             true => Next::Read,
             false if keeps_up || is_near => Next::Left,
             false => Next::Asked,
@@ -517,11 +514,8 @@ impl<'v> Context<'v> {
     }
 
     /// How many elements ahead of rows others are asked for while they are reduced, and whether in the order of their addresses.
-    fn ahead_in_rows<E: Element, R: Reduction<E, S>, const S: usize>(
-        &self,
-        rows: Rows,
-        from_memory: bool,
-    ) -> (usize, bool) {
+    fn ahead_in_rows<E: Element, R: Reduction<E, S>, const S: usize>(&self, rows: Rows) -> (usize, bool) {
+        let from_memory = self.views.is_none() && self.reads_memory::<E, R, S>(rows.rows * rows.channels);
         let Tuning { in_order, ahead_in_order, ahead_in_rows, .. } = self.tuning();
         let several = usize::from(R::TENSORS > 1 && size_of::<E>() >= size_of::<f32>());
         let longest = in_order[usize::from(self.workers > 1)][several];
@@ -640,8 +634,7 @@ impl<'v> Context<'v> {
         let (values, wide) = wide.split_at_mut(rows.blocks() * S * rows.channels);
         let (out, wide, work) = (Disjoint::new(values), Disjoint::new(wide), Disjoint::new(work));
         let width = self.row_width(rows);
-        let from_memory = self.views.is_none() && self.reads_memory::<E, R, S>(rows.rows * rows.channels);
-        let ahead = self.ahead_in_rows::<E, R, S>(rows, from_memory);
+        let ahead = self.ahead_in_rows::<E, R, S>(rows);
         for_each_piece(self.workers, rows.blocks() * tiles, &|piece, items| {
             let part = |values: usize| piece * values * width..(piece + 1) * values * width;
             // SAFETY: each piece has its own part of the work memory.
@@ -742,6 +735,11 @@ impl Stretches {
 /// Bytes of a channel of all tensors that a reduction reads.
 fn channel_bytes<E: Element, R: Reduction<E, S>, const S: usize>(planar: Planar) -> usize {
     planar.planes * planar.plane * size_of::<E>() * R::TENSORS
+}
+
+/// The same of all channels.
+fn bytes_read<E: Element, R: Reduction<E, S>, const S: usize>(planar: Planar) -> usize {
+    channel_bytes::<E, R, S>(planar).saturating_mul(planar.channels)
 }
 
 /// Ranges of up to [`BATCH`] channels.

@@ -34,7 +34,7 @@ pub(crate) struct Tuning {
     /// Whether rows are mapped in pairs that share the loads of their parameters, in the caches.
     pub(crate) pairs_rows: bool,
     /// Bytes that are asked for ahead of rows as long or longer which are mapped; if none, as many as of others.
-    pub(crate) ahead_in_row: Option<usize>,
+    pub(crate) ahead_in_mapped_rows: Option<usize>,
 }
 
 impl Tier {
@@ -55,7 +55,7 @@ impl Tier {
                 ahead_in_rows: [512, 512],
                 maps_backwards: true,
                 pairs_rows: false,
-                ahead_in_row: Some(1 << 10),
+                ahead_in_mapped_rows: Some(1 << 10),
             },
             Tier::Avx512 => &Tuning {
                 fused_of_one: 16 << 20,
@@ -71,7 +71,7 @@ impl Tier {
                 ahead_in_rows: [2 << 10, 1 << 10],
                 maps_backwards: false,
                 pairs_rows: true,
-                ahead_in_row: None,
+                ahead_in_mapped_rows: None,
             },
         }
     }
