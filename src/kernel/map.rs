@@ -8,8 +8,6 @@ use crate::simd::{Compute, Isa, Kernel, Lanes, MAX_LANES, Storage, Vector, splat
 use crate::tensor::Disjoint;
 use crate::view::Packs;
 
-/// Bytes of the parameters of a row that stay in a first-level cache beside the tensors.
-const CROWDED: usize = 16 << 10;
 /// The fewest bytes of a row that are worth going to before the next row.
 const STRIP: usize = 4 << 10;
 
@@ -147,13 +145,14 @@ impl<'a, E: Storage> Target<'a, E> {
     }
 }
 
-/// The parameters of the columns of rows: parameter `k` of column `c` is at `k * padded + lead + c` of `params`. The
-/// columns repeat with `period`, at least a vector, and the first ones stand once more after the last, so that a vector
-/// may begin anywhere. For a tier with vectors not in order, whole ones begin at multiples of their length, and were
-/// [kept](Vector::keep) there.
+/// The parameters of the columns of rows, `K` for each of the `padded` columns of which `lead` come before the first. The columns repeat
+/// with `period`, at least a vector, and the first ones stand once more after the last, so that a vector may begin anywhere.
 #[derive(Clone, Copy)]
 pub(crate) struct Periodic<'a, R> {
     pub(crate) params: &'a [R],
+    /// Whether all parameters of a vector of columns stand together, and were [kept](Vector::keep) there, where whole vectors begin at
+    /// multiples of their length; else those of all columns, one after the other. A CPU foresees one such stream sooner than `K`.
+    pub(crate) woven: bool,
     pub(crate) padded: usize,
     pub(crate) lead: usize,
     pub(crate) period: usize,
@@ -161,14 +160,15 @@ pub(crate) struct Periodic<'a, R> {
 }
 
 impl<R: Lanes> Periodic<'_, R> {
-    /// The parameters of the vector that begins with the column.
+    /// The parameters of the vector that begins with the column; `WOVEN` or not.
     #[inline(always)]
-    fn get<I: Isa, const K: usize>(&self, isa: I) -> [R::Vector<I>; K] {
+    fn get<I: Isa, const K: usize, const WOVEN: bool>(&self, isa: I) -> [R::Vector<I>; K] {
         let at = self.lead + self.column;
+        let (first, apart) = if WOVEN { (at * K, R::Vector::<I>::LANES) } else { (at, self.padded) };
         let mut vectors = [R::Vector::<I>::splat(isa, R::default()); K];
         for (k, vector) in vectors.iter_mut().enumerate() {
             // SAFETY: the column lies below the period, and a vector more lies below `padded`, see `over_rows`.
-            *vector = unsafe { R::Vector::<I>::load_kept(isa, self.params.as_ptr().add(k * self.padded + at)) };
+            *vector = unsafe { R::Vector::<I>::load_kept(isa, self.params.as_ptr().add(first + k * apart)) };
         }
         vectors
     }
@@ -176,8 +176,8 @@ impl<R: Lanes> Periodic<'_, R> {
     /// The same wherever that vector begins.
     #[inline(always)]
     fn anywhere<I: Isa, const K: usize>(&self, isa: I) -> [R::Vector<I>; K] {
-        if I::IN_ORDER {
-            return self.get(isa);
+        if !self.woven {
+            return self.get::<I, K, false>(isa);
         }
         let lanes = R::Vector::<I>::LANES;
         let at = self.lead + self.column;
@@ -187,7 +187,7 @@ impl<R: Lanes> Periodic<'_, R> {
             // SAFETY: both lie below `padded`, a multiple of their length, as a vector from the column does.
             unsafe {
                 for (i, from) in [at / lanes, at.div_ceil(lanes)].into_iter().enumerate() {
-                    let kept = self.params.as_ptr().add(k * self.padded + from * lanes);
+                    let kept = self.params.as_ptr().add((from * K + k) * lanes);
                     R::Vector::<I>::load_kept(isa, kept).store(two.as_mut_ptr().add(i * lanes));
                 }
                 *vector = R::Vector::<I>::load(isa, two.as_ptr().add(at % lanes));
@@ -406,7 +406,7 @@ pub(crate) unsafe fn over_rows<I: Isa, M: Map<K>, const K: usize>(
     target: Target<'_, M::Element>,
 ) {
     assert!(params.period >= MAX_LANES && params.lead + params.period + MAX_LANES <= params.padded);
-    assert!(I::IN_ORDER || params.padded.is_multiple_of(MAX_LANES));
+    assert!(if params.woven { params.padded.is_multiple_of(MAX_LANES) } else { I::IN_ORDER });
     assert!(params.params.len() >= K * params.padded);
     let lanes = Compute::<I, M::Element>::LANES;
     let period = params.period;
@@ -420,7 +420,7 @@ pub(crate) unsafe fn over_rows<I: Isa, M: Map<K>, const K: usize>(
             params.pass(head);
         }
         // Rows of whole vectors with more parameters than a first-level cache keeps are written strip by strip.
-        let fit = CROWDED / (K * size_of::<<M::Element as Storage>::Compute>());
+        let fit = I::TIER.tuning().crowded / (K * size_of::<<M::Element as Storage>::Compute>());
         let strips = period.div_ceil(fit.max(STRIP / size_of::<M::Element>()));
         let rows = (len - i) / period;
         if strips > 1 && period.is_multiple_of(lanes) {
@@ -464,15 +464,38 @@ unsafe fn whole<I: Isa, M: Map<K>, const K: usize>(
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        match I::STREAMS && target.streaming {
-            true => write_whole::<I, M, K, true>(isa, map, params, at, ahead, target),
-            false => write_whole::<I, M, K, false>(isa, map, params, at, ahead, target),
+        match (I::STREAMS && target.streaming, params.woven) {
+            (true, true) => params.column = isa.call(Woven::<M, K, true> { map, params: *params, at, ahead, target }),
+            (false, true) => params.column = isa.call(Woven::<M, K, false> { map, params: *params, at, ahead, target }),
+            (true, false) => write_whole::<I, M, K, true, false>(isa, map, params, at, ahead, target),
+            (false, false) => write_whole::<I, M, K, false, false>(isa, map, params, at, ahead, target),
         }
     }
 }
 
+/// [`write_whole`] with woven parameters, up to the column returned; safe as that. Their rows are long, so that it is compiled apart:
+/// beside other loops, compilers lack registers for it.
+struct Woven<'a, M: Map<K>, const K: usize, const STREAM: bool> {
+    map: M,
+    params: Periodic<'a, <M::Element as Storage>::Compute>,
+    at: (usize, usize),
+    ahead: usize,
+    target: Target<'a, M::Element>,
+}
+
+impl<M: Map<K>, const K: usize, const STREAM: bool> Kernel for Woven<'_, M, K, STREAM> {
+    type Output = usize;
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) -> usize {
+        let Self { map, mut params, at, ahead, target } = self;
+        // SAFETY: the promise of who made this.
+        unsafe { write_whole::<I, M, K, STREAM, true>(isa, map, &mut params, at, ahead, target) };
+        params.column
+    }
+}
+
 #[inline(always)]
-unsafe fn write_whole<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
+unsafe fn write_whole<I: Isa, M: Map<K>, const K: usize, const STREAM: bool, const WOVEN: bool>(
     isa: I,
     map: M,
     params: &mut Periodic<'_, <M::Element as Storage>::Compute>,
@@ -484,20 +507,20 @@ unsafe fn write_whole<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
     // Vectors up to the end of the row.
     let left = |params: &Periodic<'_, _>| (params.period - params.column).div_ceil(lanes);
     let row = params.period / lanes;
-    let pairs = I::TIER.tuning().pairs_rows && !STREAM;
+    let pairs = I::TIER.tuning().pairs_rows && !WOVEN && !STREAM;
     let pairs = pairs && params.period.is_multiple_of(lanes) && params.period * size_of::<M::Element>() < PAIRED;
     // SAFETY: the caller's promise, for all.
     unsafe {
         while pairs && vectors >= 2 * row {
             let end = left(params);
             for (from, n) in [(0, end), (end, row - end)] {
-                columns::<I, M, K, STREAM, 2>(isa, map, params, (at + from * lanes, n), ahead, target);
+                columns::<I, M, K, STREAM, WOVEN, 2>(isa, map, params, (at + from * lanes, n), ahead, target);
             }
             (at, vectors) = (at + 2 * row * lanes, vectors - 2 * row);
         }
         while vectors > 0 {
             let n = left(params).min(vectors);
-            columns::<I, M, K, STREAM, 1>(isa, map, params, (at, n), ahead, target);
+            columns::<I, M, K, STREAM, WOVEN, 1>(isa, map, params, (at, n), ahead, target);
             (at, vectors) = (at + n * lanes, vectors - n);
         }
     }
@@ -508,7 +531,7 @@ unsafe fn write_whole<I: Isa, M: Map<K>, const K: usize, const STREAM: bool>(
 /// # Safety
 /// As [`over_rows`], for these, and [`Target::store`].
 #[inline(always)]
-unsafe fn columns<I: Isa, M: Map<K>, const K: usize, const STREAM: bool, const ROWS: usize>(
+unsafe fn columns<I: Isa, M: Map<K>, const K: usize, const STREAM: bool, const WOVEN: bool, const ROWS: usize>(
     isa: I,
     map: M,
     params: &mut Periodic<'_, <M::Element as Storage>::Compute>,
@@ -521,7 +544,7 @@ unsafe fn columns<I: Isa, M: Map<K>, const K: usize, const STREAM: bool, const R
     let first = *params;
     for v in 0..vectors {
         params.column = first.column + v * lanes;
-        let of_columns = params.get(isa);
+        let of_columns = params.get::<I, K, WOVEN>(isa);
         for row in 0..ROWS {
             let at = at + v * lanes + row * params.period;
             map.prefetch(isa, at + ahead);

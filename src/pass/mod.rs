@@ -34,10 +34,8 @@ const FUSED_LONG_PLANE: usize = 2 << 10;
 /// Bytes that a reduction reads of those at least, on one thread and on more, for a pass that reads that cache once.
 const FUSED: [usize; 2] = [4 << 20, 2 << 20];
 /// Bytes of the channels that a thread reduces before it maps the first of them. The more of an image lies in a row, the faster it
-/// comes from memory; but the next batch is to wait in a second-level cache beside this one.
+/// comes from memory; but the next batch is to wait in a second-level cache beside this one. Where it does not, see [`Tuning`].
 const BATCH_BYTES: usize = 600 << 10;
-/// The same where the next batch is left alone, see [`Context::keeps_up`]: the rows may be longer.
-const LEFT_BATCH_BYTES: usize = 1200 << 10;
 /// Bytes of a row of each image that a batch has at least, while no more than [`AHEAD_BATCH`] are in it.
 const BATCH_ROW: usize = 4 << 10;
 /// The most bytes of the images of a tensor's batch that are asked for while others are read: more would leave the cache again. This and
@@ -146,7 +144,9 @@ impl Order {
 /// What is done about the next batch of channels while one is mapped.
 #[derive(Clone, Copy, PartialEq)]
 enum Next {
-    /// Nothing; or none is mapped.
+    /// None is mapped.
+    None,
+    /// Nothing.
     Left,
     /// It is asked for, since the read side of memory would be idle.
     Asked,
@@ -242,7 +242,7 @@ impl<'v> Context<'v> {
                     wide: values.saturating_add(work.saturating_mul(2)),
                     narrow: rows
                         .padded()
-                        .saturating_mul(K)
+                        .saturating_mul(2 * K)
                         .saturating_add(work.saturating_mul(TERM_PARAMS + 2))
                         .saturating_add(self.room()),
                 }
@@ -369,7 +369,7 @@ impl<'v> Context<'v> {
                 self.map_planar(planar, map, target, (coefficients, room), self.order());
             }
             Geometry::Rows(rows) => {
-                let (coefficients, work) = narrow.split_at_mut(K * rows.padded());
+                let (coefficients, work) = narrow.split_at_mut(2 * K * rows.padded());
                 let (out, lead) = (Disjoint::new(coefficients), self.lead(target));
                 self.reduce_rows(rows, reduction, (wide, work, room), &|channels, values| {
                     let coefficients = plain(close(channels.clone(), values));
@@ -492,9 +492,10 @@ impl<'v> Context<'v> {
             return (BATCH_BYTES / each).clamp(1, BATCH);
         }
         let bytes = match next {
-            Next::Left if self.keeps_up(planar) => LEFT_BATCH_BYTES,
+            Next::None if self.keeps_up(planar) => self.tuning().left_batch,
+            Next::Left => self.tuning().left_batch,
             Next::Asked => self.tuning().asked_batch,
-            _ => BATCH_BYTES,
+            Next::None | Next::Read => BATCH_BYTES,
         };
         let row = BATCH_ROW.div_ceil(planar.plane * size_of::<E>()).min(AHEAD_BATCH / each);
         (bytes / each).max(row).clamp(1, BATCH)
@@ -538,13 +539,13 @@ impl<'v> Context<'v> {
         if self.by_channel(planar) {
             return for_each_piece(self.workers, planar.channels, &|_, channels| {
                 let values = Values::Merged(Some(close));
-                dispatch(self.tier, self.whole::<E, R, S>(planar, channels, reduction, values, Next::Left));
+                dispatch(self.tier, self.whole::<E, R, S>(planar, channels, reduction, values, Next::None));
             });
         }
         let values: &mut [[f64; S]] = wide.as_chunks_mut().0;
         let out = Disjoint::new(values);
         let (of_each, batch) = (planar.blocks(), 1);
-        let ahead = self.ahead::<E, R, S>(planar, batch, Next::Left);
+        let ahead = self.ahead::<E, R, S>(planar, batch, Next::None);
         for_each_piece(self.workers, planar.channels * of_each, &|piece, items| {
             for channel in items.start / of_each..items.end.div_ceil(of_each) {
                 let block_of = |item: usize| item.saturating_sub(channel * of_each).min(of_each);
@@ -677,18 +678,17 @@ impl<'v> Context<'v> {
         order: Order,
     ) {
         let (len, lead) = (rows.rows * rows.channels, self.lead(target));
+        let (arrays, weft) = coefficients[..2 * K * rows.padded()].split_at_mut(K * rows.padded());
         // Only if each whole vector begins where one of the coefficients does.
-        let kept = self.views.is_none() && rows.span().is_multiple_of(MAX_LANES);
-        if kept {
-            dispatch(self.tier, rows::Keep::<E>(coefficients));
-        }
-        let coefficients = &*coefficients;
+        let may = self.views.is_none() && rows.span().is_multiple_of(MAX_LANES);
+        let woven = may && dispatch(self.tier, rows::Weave::<E, K> { from: arrays, to: weft });
+        let coefficients = if woven { &*weft } else { &*arrays };
         let stretches = self.stretches(len, rows.period(), target);
         for_each_piece(self.workers, stretches.count(), &|piece, range| {
             for elements in order.over(range).map(|i| stretches.get(i)) {
                 let column = elements.start % rows.span();
                 let Some(views) = self.views else {
-                    dispatch(self.tier, rows::Write { rows, column, lead, elements, map, target, coefficients, kept });
+                    dispatch(self.tier, rows::Write { rows, column, lead, elements, map, target, coefficients, woven });
                     continue;
                 };
                 let local = 0..elements.len();
@@ -698,7 +698,7 @@ impl<'v> Context<'v> {
                     self.map_packed(views, packed, map, target, |map, target| {
                         dispatch(
                             self.tier,
-                            rows::Write { rows, column, lead, elements: local, map, target, coefficients, kept },
+                            rows::Write { rows, column, lead, elements: local, map, target, coefficients, woven },
                         );
                     });
                 }

@@ -105,21 +105,31 @@ impl<E: Element, R: Reduction<E, S>, const S: usize> Kernel for Merge<'_, E, R, 
     }
 }
 
-/// Keeps coefficients as the vectors are held that elements of rows become.
-pub(super) struct Keep<'a, E: Storage>(pub(super) &'a mut [E::Compute]);
+/// Bytes of coefficients from which on they are worth weaving.
+const WOVEN: usize = 8 << 10;
 
-impl<E: Storage> Kernel for Keep<'_, E> {
-    type Output = ();
+/// Weaves coefficients, `K` arrays as long, as [`Periodic`] takes them, where that is needed or worth it; whether it did.
+pub(super) struct Weave<'a, E: Storage, const K: usize> {
+    pub(super) from: &'a [E::Compute],
+    pub(super) to: &'a mut [E::Compute],
+}
+
+impl<E: Storage, const K: usize> Kernel for Weave<'_, E, K> {
+    type Output = bool;
     #[inline(always)]
-    fn run<I: Isa>(self, isa: I) {
+    fn run<I: Isa>(self, isa: I) -> bool {
         let isa = E::unordered(isa);
-        if <E::Unordered<I> as Isa>::IN_ORDER {
-            return;
+        if <E::Unordered<I> as Isa>::IN_ORDER && size_of_val(self.from) < WOVEN {
+            return false;
         }
-        for vector in self.0.chunks_exact_mut(Compute::<E::Unordered<I>, E>::LANES) {
-            // SAFETY: as many as a vector has.
-            unsafe { Compute::<E::Unordered<I>, E>::load(isa, vector.as_ptr()).keep(vector.as_mut_ptr()) };
+        let lanes = Compute::<E::Unordered<I>, E>::LANES;
+        let padded = self.from.len() / K;
+        for (i, to) in self.to.chunks_exact_mut(lanes).enumerate() {
+            let from = &self.from[i % K * padded + i / K * lanes..][..lanes];
+            // SAFETY: both are as long as a vector.
+            unsafe { Compute::<E::Unordered<I>, E>::load(isa, from.as_ptr()).keep(to.as_mut_ptr()) };
         }
+        true
     }
 }
 
@@ -134,21 +144,21 @@ pub(super) struct Write<'a, E: Storage, M, const K: usize> {
     pub(super) map: M,
     pub(super) target: Target<'a, E>,
     pub(super) coefficients: &'a [E::Compute],
-    /// Whether they went through [`Keep`].
-    pub(super) kept: bool,
+    /// Whether they went through [`Weave`].
+    pub(super) woven: bool,
 }
 
 impl<E: Storage, M: Map<K, Element = E>, const K: usize> Kernel for Write<'_, E, M, K> {
     type Output = ();
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let Self { map, target, column, lead, .. } = self;
+        let Self { map, target, column, lead, woven, .. } = self;
         let (period, padded) = (self.rows.span(), self.rows.padded());
-        let params = Periodic { params: self.coefficients, period, padded, lead, column };
+        let params = Periodic { params: self.coefficients, woven, padded, lead, period, column };
         let at = (self.elements.start, self.elements.len());
         // SAFETY: the rows come from the grid, and no other piece has them.
         unsafe {
-            if self.kept && !<E::Unordered<I> as Isa>::IN_ORDER {
+            if woven || <E::Unordered<I> as Isa>::IN_ORDER {
                 map::over_rows(E::unordered(isa), map, params, at, target);
             } else {
                 map::over_rows(isa, map, params, at, target);

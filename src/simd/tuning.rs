@@ -14,7 +14,9 @@ pub(crate) struct Tuning {
     pub(crate) beside_from_memory: bool,
     /// Bytes of several tensors of long planes from which on the next batch is asked for: of fewer, what some cache still has comes sooner.
     pub(crate) asked_of_several: usize,
-    /// Bytes of the channels of a batch, where the next one is asked for while this one is mapped: both are to wait in a cache near by.
+    /// Bytes of the channels of a batch, where the next one is left alone: it may fill a second-level cache.
+    pub(crate) left_batch: usize,
+    /// The same where the next one is asked for while this one is mapped: both are to wait in a cache near by.
     pub(crate) asked_batch: usize,
     /// Bytes that are asked for ahead of the runs of all tensors that are summed at a time; if none, it depends on the tensors.
     pub(crate) ahead_of_runs: Option<usize>,
@@ -33,6 +35,8 @@ pub(crate) struct Tuning {
     pub(crate) maps_backwards: bool,
     /// Whether rows are mapped in pairs that share the loads of their parameters, in the caches.
     pub(crate) pairs_rows: bool,
+    /// Bytes of the parameters of a row that stay in a first-level cache beside the tensors.
+    pub(crate) crowded: usize,
     /// Bytes that are asked for ahead of rows as long or longer which are mapped; if none, as many as of others.
     pub(crate) ahead_in_mapped_rows: Option<usize>,
 }
@@ -46,6 +50,7 @@ impl Tier {
                 keeps_up: true,
                 beside_from_memory: true,
                 asked_of_several: 0,
+                left_batch: 1200 << 10,
                 asked_batch: 600 << 10,
                 ahead_of_runs: None,
                 ahead_of_mapped: 1 << 10,
@@ -55,6 +60,7 @@ impl Tier {
                 ahead_in_rows: [512, 512],
                 maps_backwards: true,
                 pairs_rows: false,
+                crowded: 16 << 10,
                 ahead_in_mapped_rows: Some(1 << 10),
             },
             Tier::Avx512 => &Tuning {
@@ -62,6 +68,7 @@ impl Tier {
                 keeps_up: false,
                 beside_from_memory: false,
                 asked_of_several: 128 << 20,
+                left_batch: 400 << 10,
                 asked_batch: 300 << 10,
                 ahead_of_runs: Some(12 << 10),
                 ahead_of_mapped: 4 << 10,
@@ -71,6 +78,7 @@ impl Tier {
                 ahead_in_rows: [2 << 10, 1 << 10],
                 maps_backwards: false,
                 pairs_rows: true,
+                crowded: 24 << 10,
                 ahead_in_mapped_rows: None,
             },
         }
