@@ -472,6 +472,7 @@ pub(crate) fn coefficients<R: Real>(
 /// `dx`. After the six coefficients comes the forward pass's shift, where the upstream gradient needs it; its scale is among
 /// the six.
 impl<E: Element, U: Upstream<E>, const K: usize> Map<K> for Pair<'_, E, U> {
+    const TENSORS: usize = 2;
     type Element = E;
 
     #[inline(always)]

@@ -21,6 +21,8 @@ const AHEAD_STREAMED: usize = 8 << 10;
 
 /// A value per element, made of `K` parameters of the channel.
 pub(crate) trait Map<const K: usize>: Packs<Self::Element> + Sync {
+    /// Tensors that are always read.
+    const TENSORS: usize = 1;
     /// The type that is written.
     type Element: Storage;
 

@@ -172,11 +172,13 @@ impl<'v> Context<'v> {
         self.views.is_none() && (planar.channels >= 8 * self.workers || planar.channels.is_multiple_of(self.workers))
     }
 
-    /// Whether both halves go over the tensor together: not where it stays in a cache near by, nor in short steps.
-    fn fuses<E: Element, R: Reduction<E, S>, const S: usize>(&self, planar: Planar) -> bool {
+    /// Whether both halves go over the tensor together: not where it stays in a cache near by, nor in short steps. `streaming` says whether
+    /// results go past the caches.
+    fn fuses<E: Element, R: Reduction<E, S>, const S: usize>(&self, planar: Planar, streaming: bool) -> bool {
         let plane = planar.plane * size_of::<E>();
         let read = bytes_read::<E, R, S>(planar);
-        let is_long = plane >= FUSED_LONG_PLANE && planar.together() > 1;
+        let is_far = R::TENSORS > 1 || streaming || self.tuning().fused_in_caches;
+        let is_long = plane >= FUSED_LONG_PLANE && planar.together() > 1 && is_far;
         let is_large = self.large && (R::TENSORS > 1 || read >= self.tuning().fused_of_one);
         self.by_channel(planar)
             && (is_large && plane >= FUSED_PLANE || is_long && read >= FUSED[usize::from(self.workers > 1)])
@@ -347,7 +349,7 @@ impl<'v> Context<'v> {
     {
         let (wide, narrow, room) = self.parts::<E, S, K>(scratch);
         match self.geometry {
-            Geometry::Planar(planar) if self.fuses::<E, R, S>(planar) => {
+            Geometry::Planar(planar) if self.fuses::<E, R, S>(planar, target.streaming) => {
                 let next = self.next::<E, R, S>(planar);
                 let batch = self.batch::<E, R, S>(planar, next);
                 let waits = channel_bytes::<E, R, S>(planar) * batch <= AHEAD_BATCH;
@@ -514,6 +516,13 @@ impl<'v> Context<'v> {
         }
     }
 
+    /// How many elements ahead of what is written others are asked for while planes are mapped, not batch by batch.
+    fn ahead_of_mapped<E: Storage, M: Map<K>, const K: usize>(&self, planar: Planar, target: Target<'_, E>) -> usize {
+        let is_large = planar.planes * planar.pitch() * size_of::<E>() >= self.tuning().foreseen;
+        let is_long = planar.plane * size_of::<E>() >= FUSED_LONG_PLANE && size_of::<E>() >= size_of::<f32>();
+        if target.streaming && M::TENSORS > 1 && is_long && is_large { 0 } else { target.ahead() }
+    }
+
     /// How many elements ahead of rows others are asked for while they are reduced, and whether in the order of their addresses.
     fn ahead_in_rows<E: Element, R: Reduction<E, S>, const S: usize>(&self, rows: Rows) -> (usize, bool) {
         let from_memory = self.views.is_none() && self.reads_memory::<E, R, S>(rows.rows * rows.channels);
@@ -602,12 +611,12 @@ impl<'v> Context<'v> {
         order: Order,
     ) {
         let len = planar.planes * planar.channels * planar.plane;
-        let stretches = self.stretches(len, 0, target);
+        let (stretches, ahead) = (self.stretches(len, 0, target), self.ahead_of_mapped::<E, M, K>(planar, target));
         for_each_piece(self.workers, stretches.count(), &|piece, range| {
             for elements in order.over(range).map(|i| stretches.get(i)) {
                 let Some(views) = self.views else {
                     // SAFETY: a part of the tensor, and no other piece has it.
-                    unsafe { planar::map(self.tier, planar, map, target, coefficients, elements, 0) };
+                    unsafe { planar::map(self.tier, planar, map, target, coefficients, (elements, 0), ahead) };
                     continue;
                 };
                 let (range, origin) = (elements.clone(), elements.start);
@@ -615,7 +624,7 @@ impl<'v> Context<'v> {
                 unsafe {
                     let packed = (elements, self.room_of(piece, room));
                     self.map_packed(views, packed, map, target, |map, target| {
-                        planar::map(self.tier, planar, map, target, coefficients, range, origin);
+                        planar::map(self.tier, planar, map, target, coefficients, (range, origin), ahead);
                     });
                 }
             }

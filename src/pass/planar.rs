@@ -408,7 +408,8 @@ impl<M: Map<K>, const K: usize> Kernel for Write<'_, '_, '_, M, K> {
     }
 }
 
-/// The second half for a range of elements, which lie `origin` before their places in the dense tensor.
+/// The second half for a range of elements, which lie `origin` before their places in the dense tensor. Those `ahead` of what is written
+/// are prefetched.
 ///
 /// # Safety
 /// The elements lie inside the tensors that `map` was made for and the one of `target`, and nothing else accesses those of it
@@ -419,13 +420,13 @@ pub(super) unsafe fn map<M: Map<K>, const K: usize>(
     map: M,
     target: Target<'_, M::Element>,
     params: &[[<M::Element as Storage>::Compute; K]],
-    elements: Range<usize>,
-    origin: usize,
+    (elements, origin): (Range<usize>, usize),
+    ahead: usize,
 ) {
     let Planar { plane, channels, .. } = planar;
     let (index, at, end) = (elements.start / plane, elements.start - origin, elements.end - origin);
     let (channel, plane_end) = (index % channels, (index + 1) * plane - origin);
-    let planes = Planes { plane, at, channel, plane_end, end, ahead: target.ahead() };
+    let planes = Planes { plane, at, channel, plane_end, end, ahead };
     let images = &mut Images { map, planes, first: planes, images: 1, pitch: 0, params, target };
     dispatch(tier, Write { images, only: None });
 }

@@ -8,6 +8,9 @@ pub(crate) struct Tuning {
     /// Bytes that a reduction of a single tensor of short planes reads at least for the pass to go over it once; of several tensors, and
     /// of long planes, see the passes.
     pub(crate) fused_of_one: usize,
+    /// Whether a pass goes once over a single tensor of long planes that waits in a third-level cache even where results are stored
+    /// through that.
+    pub(crate) fused_in_caches: bool,
     /// Whether a lone thread reads four images from memory as fast as it could ask for them, since the CPU foresees these images.
     pub(crate) keeps_up: bool,
     /// Whether what comes from memory is summed beside what is written, rather than asked for and summed after that.
@@ -22,6 +25,9 @@ pub(crate) struct Tuning {
     pub(crate) ahead_of_runs: Option<usize>,
     /// Bytes that are asked for ahead in a batch that is mapped, where the next one is not: it may wait in a third-level cache.
     pub(crate) ahead_of_mapped: usize,
+    /// Bytes of each of several tensors of long planes from which on nothing is asked for ahead while they are mapped past the caches: CPUs
+    /// foresee it sooner.
+    pub(crate) foreseen: usize,
     /// Bytes of a tensor from which on hardly any of it is found in a cache: of the only one that a reduction reads, of each of several.
     pub(crate) from_memory: [usize; 2],
     /// Bytes of the longest rows, once widened, that are asked for in the order of their addresses while they are reduced, from memory,
@@ -47,6 +53,7 @@ impl Tier {
         match self {
             Tier::Portable | Tier::Avx2 => &Tuning {
                 fused_of_one: 8 << 20,
+                fused_in_caches: true,
                 keeps_up: true,
                 beside_from_memory: true,
                 asked_of_several: 0,
@@ -54,6 +61,7 @@ impl Tier {
                 asked_batch: 600 << 10,
                 ahead_of_runs: None,
                 ahead_of_mapped: 1 << 10,
+                foreseen: usize::MAX,
                 from_memory: [16 << 20, 6 << 20],
                 in_order: [[4 << 10, 4 << 10]; 2],
                 ahead_in_order: [16 << 10, 16 << 10],
@@ -65,13 +73,15 @@ impl Tier {
             },
             Tier::Avx512 => &Tuning {
                 fused_of_one: 16 << 20,
+                fused_in_caches: false,
                 keeps_up: false,
                 beside_from_memory: false,
                 asked_of_several: 128 << 20,
                 left_batch: 400 << 10,
                 asked_batch: 300 << 10,
                 ahead_of_runs: Some(12 << 10),
-                ahead_of_mapped: 4 << 10,
+                ahead_of_mapped: 2 << 10,
+                foreseen: 20 << 20,
                 from_memory: [16 << 20, 8 << 20],
                 in_order: [[2 << 10, 512], [2 << 10, 2 << 10]],
                 ahead_in_order: [8 << 10, 4 << 10],
