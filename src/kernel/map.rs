@@ -394,7 +394,7 @@ impl<I: Isa, M: Map<K>, const K: usize, const STREAM: bool> Beside for Groups<'_
 }
 
 /// Writes `len` elements from `start`, which belongs to the column of `params`. Stores are whole vectors, aligned, but for
-/// the first and the last.
+/// the first and the last. The elements `ahead` of what is written are prefetched.
 ///
 /// # Safety
 /// The elements lie inside the tensors that `map` was made for and the one of `target`, and nothing else accesses those of it
@@ -405,6 +405,7 @@ pub(crate) unsafe fn over_rows<I: Isa, M: Map<K>, const K: usize>(
     map: M,
     mut params: Periodic<'_, <M::Element as Storage>::Compute>,
     (start, len): (usize, usize),
+    ahead: usize,
     target: Target<'_, M::Element>,
 ) {
     assert!(params.period >= MAX_LANES && params.lead + params.period + MAX_LANES <= params.padded);
@@ -439,10 +440,6 @@ pub(crate) unsafe fn over_rows<I: Isa, M: Map<K>, const K: usize>(
             i += rows * period;
         }
         let vectors = (len - i) / lanes;
-        let ahead = match I::TIER.tuning().ahead_in_mapped_rows.map(|bytes| bytes / size_of::<M::Element>()) {
-            Some(ahead) if period >= ahead => ahead,
-            _ => target.ahead(),
-        };
         whole(isa, map, &mut params, (start + i, vectors), ahead, target);
         i += vectors * lanes;
         if i < len {

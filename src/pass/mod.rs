@@ -516,11 +516,31 @@ impl<'v> Context<'v> {
         }
     }
 
+    /// Whether CPUs foresee what a map reads of so many elements sooner than it can be asked for, if that is as many bytes at `least`.
+    fn foreseen<E: Storage, M: Map<K>, const K: usize>(
+        &self,
+        (elements, least): (usize, usize),
+        target: Target<'_, E>,
+    ) -> bool {
+        let several = M::TENSORS > 1 && size_of::<E>() >= size_of::<f32>();
+        several && target.streaming && elements * size_of::<E>() >= least
+    }
+
     /// How many elements ahead of what is written others are asked for while planes are mapped, not batch by batch.
-    fn ahead_of_mapped<E: Storage, M: Map<K>, const K: usize>(&self, planar: Planar, target: Target<'_, E>) -> usize {
-        let is_large = planar.planes * planar.pitch() * size_of::<E>() >= self.tuning().foreseen;
-        let is_long = planar.plane * size_of::<E>() >= FUSED_LONG_PLANE && size_of::<E>() >= size_of::<f32>();
-        if target.streaming && M::TENSORS > 1 && is_long && is_large { 0 } else { target.ahead() }
+    fn ahead_in_mapped<E: Storage, M: Map<K>, const K: usize>(&self, planar: Planar, target: Target<'_, E>) -> usize {
+        let large = (planar.planes * planar.pitch(), self.tuning().foreseen[0]);
+        let is_long = planar.plane * size_of::<E>() >= FUSED_LONG_PLANE;
+        if is_long && self.foreseen::<E, M, K>(large, target) { 0 } else { target.ahead() }
+    }
+
+    /// The same while rows are mapped.
+    fn ahead_in_mapped_rows<E: Storage, M: Map<K>, const K: usize>(&self, rows: Rows, target: Target<'_, E>) -> usize {
+        let large = (rows.rows * rows.channels, self.tuning().foreseen[1]);
+        match self.tuning().ahead_in_mapped_rows.map(|bytes| bytes / size_of::<E>()) {
+            _ if self.foreseen::<E, M, K>(large, target) => 0,
+            Some(ahead) if rows.span() >= ahead => ahead,
+            _ => target.ahead(),
+        }
     }
 
     /// How many elements ahead of rows others are asked for while they are reduced, and whether in the order of their addresses.
@@ -611,7 +631,7 @@ impl<'v> Context<'v> {
         order: Order,
     ) {
         let len = planar.planes * planar.channels * planar.plane;
-        let (stretches, ahead) = (self.stretches(len, 0, target), self.ahead_of_mapped::<E, M, K>(planar, target));
+        let (stretches, ahead) = (self.stretches(len, 0, target), self.ahead_in_mapped::<E, M, K>(planar, target));
         for_each_piece(self.workers, stretches.count(), &|piece, range| {
             for elements in order.over(range).map(|i| stretches.get(i)) {
                 let Some(views) = self.views else {
@@ -692,23 +712,22 @@ impl<'v> Context<'v> {
         let may = self.views.is_none() && rows.span().is_multiple_of(MAX_LANES);
         let woven = may && dispatch(self.tier, rows::Weave::<E, K> { from: arrays, to: weft });
         let coefficients = if woven { &*weft } else { &*arrays };
+        let ahead = self.ahead_in_mapped_rows::<E, M, K>(rows, target);
         let stretches = self.stretches(len, rows.period(), target);
         for_each_piece(self.workers, stretches.count(), &|piece, range| {
             for elements in order.over(range).map(|i| stretches.get(i)) {
+                let (local, packed) = (0..elements.len(), elements.clone());
                 let column = elements.start % rows.span();
+                let part = rows::Write { rows, elements, column, lead, map, ahead, target, coefficients, woven };
                 let Some(views) = self.views else {
-                    dispatch(self.tier, rows::Write { rows, column, lead, elements, map, target, coefficients, woven });
+                    dispatch(self.tier, part);
                     continue;
                 };
-                let local = 0..elements.len();
                 // SAFETY: a part of the tensor, and no other piece has it, nor its room.
                 unsafe {
-                    let packed = (elements, self.room_of(piece, room));
+                    let packed = (packed, self.room_of(piece, room));
                     self.map_packed(views, packed, map, target, |map, target| {
-                        dispatch(
-                            self.tier,
-                            rows::Write { rows, column, lead, elements: local, map, target, coefficients, woven },
-                        );
+                        dispatch(self.tier, rows::Write { elements: local, map, target, ..part });
                     });
                 }
             }

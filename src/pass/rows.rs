@@ -142,6 +142,8 @@ pub(super) struct Write<'a, E: Storage, M, const K: usize> {
     /// Where the arrays of parameters begin.
     pub(super) lead: usize,
     pub(super) map: M,
+    /// How far from what is written elements are prefetched to be read.
+    pub(super) ahead: usize,
     pub(super) target: Target<'a, E>,
     pub(super) coefficients: &'a [E::Compute],
     /// Whether they went through [`Weave`].
@@ -152,16 +154,16 @@ impl<E: Storage, M: Map<K, Element = E>, const K: usize> Kernel for Write<'_, E,
     type Output = ();
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let Self { map, target, column, lead, woven, .. } = self;
+        let Self { map, ahead, target, column, lead, woven, .. } = self;
         let (period, padded) = (self.rows.span(), self.rows.padded());
         let params = Periodic { params: self.coefficients, woven, padded, lead, period, column };
         let at = (self.elements.start, self.elements.len());
         // SAFETY: the rows come from the grid, and no other piece has them.
         unsafe {
             if woven || <E::Unordered<I> as Isa>::IN_ORDER {
-                map::over_rows(E::unordered(isa), map, params, at, target);
+                map::over_rows(E::unordered(isa), map, params, at, ahead, target);
             } else {
-                map::over_rows(isa, map, params, at, target);
+                map::over_rows(isa, map, params, at, ahead, target);
             }
         }
     }

@@ -25,9 +25,9 @@ pub(crate) struct Tuning {
     pub(crate) ahead_of_runs: Option<usize>,
     /// Bytes that are asked for ahead in a batch that is mapped, where the next one is not: it may wait in a third-level cache.
     pub(crate) ahead_of_mapped: usize,
-    /// Bytes of each of several tensors of long planes from which on nothing is asked for ahead while they are mapped past the caches: CPUs
-    /// foresee it sooner.
-    pub(crate) foreseen: usize,
+    /// Bytes of each of several tensors, of long planes and of rows, from which on nothing is asked for ahead while they are mapped past
+    /// the caches: CPUs foresee it sooner.
+    pub(crate) foreseen: [usize; 2],
     /// Bytes of a tensor from which on hardly any of it is found in a cache: of the only one that a reduction reads, of each of several.
     pub(crate) from_memory: [usize; 2],
     /// Bytes of the longest rows, once widened, that are asked for in the order of their addresses while they are reduced, from memory,
@@ -61,7 +61,7 @@ impl Tier {
                 asked_batch: 600 << 10,
                 ahead_of_runs: None,
                 ahead_of_mapped: 1 << 10,
-                foreseen: usize::MAX,
+                foreseen: [usize::MAX; 2],
                 from_memory: [16 << 20, 6 << 20],
                 in_order: [[4 << 10, 4 << 10]; 2],
                 ahead_in_order: [16 << 10, 16 << 10],
@@ -81,7 +81,7 @@ impl Tier {
                 asked_batch: 300 << 10,
                 ahead_of_runs: Some(12 << 10),
                 ahead_of_mapped: 2 << 10,
-                foreseen: 20 << 20,
+                foreseen: [20 << 20, 40 << 20],
                 from_memory: [16 << 20, 8 << 20],
                 in_order: [[2 << 10, 512], [2 << 10, 2 << 10]],
                 ahead_in_order: [8 << 10, 4 << 10],
