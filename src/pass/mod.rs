@@ -546,13 +546,13 @@ impl<'v> Context<'v> {
     /// How many elements ahead of rows others are asked for while they are reduced, and whether in the order of their addresses.
     fn ahead_in_rows<E: Element, R: Reduction<E, S>, const S: usize>(&self, rows: Rows) -> (usize, bool) {
         let from_memory = self.views.is_none() && self.reads_memory::<E, R, S>(rows.rows * rows.channels);
-        let Tuning { in_order, ahead_in_order, ahead_in_rows, .. } = self.tuning();
+        let &Tuning { in_order, ahead_in_order, ahead_in_rows, .. } = self.tuning();
         let several = usize::from(R::TENSORS > 1 && size_of::<E>() >= size_of::<f32>());
-        let longest = in_order[usize::from(self.workers > 1)][several];
-        let in_order = from_memory && rows.period() * size_of::<E::Param>() <= longest;
+        let (row, longest) = (rows.period() * size_of::<E::Param>(), in_order[usize::from(self.workers > 1)][several]);
+        let in_order = from_memory && row <= longest;
         let bytes = match from_memory {
             true if in_order => ahead_in_order[several],
-            true => ahead_in_rows[several],
+            true => AHEAD_IN_ROWS.max(ahead_in_rows[several].min(row / 2)),
             false => AHEAD_IN_ROWS,
         };
         (bytes / size_of::<E::Param>(), in_order)

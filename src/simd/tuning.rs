@@ -35,7 +35,7 @@ pub(crate) struct Tuning {
     pub(crate) in_order: [[usize; 2]; 2],
     /// Bytes, once widened, that these are asked for ahead.
     pub(crate) ahead_in_order: [usize; 2],
-    /// The same in each of longer rows that are reduced at a time.
+    /// The most that is asked for ahead in each of longer rows that are reduced at a time, of half a row.
     pub(crate) ahead_in_rows: [usize; 2],
     /// Whether a tensor is mapped from its end, which was read last, rather than in the order that the CPU foresees.
     pub(crate) maps_backwards: bool,
