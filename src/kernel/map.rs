@@ -4,12 +4,9 @@
 //! the first and the last one overlap them.
 
 use super::sums::{Beside, GROUP};
-use crate::simd::{Compute, Isa, Kernel, Lanes, MAX_LANES, Storage, Vector, splats};
+use crate::simd::{Compute, Isa, Kernel, Lanes, MAX_LANES, Storage, Tuning, Vector, splats};
 use crate::tensor::Disjoint;
 use crate::view::Packs;
-
-/// The fewest bytes of a row that are worth going to before the next row.
-const STRIP: usize = 4 << 10;
 
 /// Bytes of a row from which on pairs of them are no faster.
 const PAIRED: usize = 1 << 10;
@@ -423,11 +420,12 @@ pub(crate) unsafe fn over_rows<I: Isa, M: Map<K>, const K: usize>(
             params.pass(head);
         }
         // Rows of whole vectors with more parameters than a first-level cache keeps are written strip by strip.
-        let fit = I::TIER.tuning().crowded / (K * size_of::<<M::Element as Storage>::Compute>());
-        let strips = period.div_ceil(fit.max(STRIP / size_of::<M::Element>()));
+        let &Tuning { crowded, strip, least_strip, .. } = I::TIER.tuning();
+        let of_column = K * size_of::<<M::Element as Storage>::Compute>();
+        let columns = |bytes: usize| (bytes / of_column).max(least_strip / size_of::<M::Element>());
         let rows = (len - i) / period;
-        if strips > 1 && period.is_multiple_of(lanes) {
-            let strip = period.div_ceil(strips).next_multiple_of(MAX_LANES);
+        if period > columns(crowded) && period.is_multiple_of(lanes) {
+            let strip = period.div_ceil(period.div_ceil(columns(strip))).next_multiple_of(MAX_LANES);
             for from in (0..period).step_by(strip) {
                 let (first, vectors) = (params, strip.min(period - from) / lanes);
                 for row in 0..rows {

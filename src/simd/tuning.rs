@@ -43,6 +43,10 @@ pub(crate) struct Tuning {
     pub(crate) pairs_rows: bool,
     /// Bytes of the parameters of a row that stay in a first-level cache beside the tensors.
     pub(crate) crowded: usize,
+    /// Bytes of the parameters of the strips that rows with more are cut into.
+    pub(crate) strip: usize,
+    /// The fewest bytes of a row that are worth going to before the next row.
+    pub(crate) least_strip: usize,
     /// Bytes that are asked for ahead of rows as long or longer which are mapped; if none, as many as of others.
     pub(crate) ahead_in_mapped_rows: Option<usize>,
 }
@@ -69,6 +73,8 @@ impl Tier {
                 maps_backwards: true,
                 pairs_rows: false,
                 crowded: 16 << 10,
+                strip: 16 << 10,
+                least_strip: 4 << 10,
                 ahead_in_mapped_rows: Some(1 << 10),
             },
             Tier::Avx512 => &Tuning {
@@ -89,6 +95,8 @@ impl Tier {
                 maps_backwards: false,
                 pairs_rows: true,
                 crowded: 24 << 10,
+                strip: 12 << 10,
+                least_strip: 2 << 10,
                 ahead_in_mapped_rows: None,
             },
         }
