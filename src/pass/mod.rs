@@ -517,27 +517,23 @@ impl<'v> Context<'v> {
     }
 
     /// Whether CPUs foresee what a map reads of so many elements sooner than it can be asked for, if that is as many bytes at `least`.
-    fn foreseen<E: Storage, M: Map<K>, const K: usize>(
-        &self,
-        (elements, least): (usize, usize),
-        target: Target<'_, E>,
-    ) -> bool {
+    fn foreseen<E: Storage, M: Map<K>, const K: usize>(elements: usize, least: usize, target: Target<'_, E>) -> bool {
         let several = M::TENSORS > 1 && size_of::<E>() >= size_of::<f32>();
         several && target.streaming && elements * size_of::<E>() >= least
     }
 
     /// How many elements ahead of what is written others are asked for while planes are mapped, not batch by batch.
     fn ahead_in_mapped<E: Storage, M: Map<K>, const K: usize>(&self, planar: Planar, target: Target<'_, E>) -> usize {
-        let large = (planar.planes * planar.pitch(), self.tuning().foreseen[0]);
         let is_long = planar.plane * size_of::<E>() >= FUSED_LONG_PLANE;
-        if is_long && self.foreseen::<E, M, K>(large, target) { 0 } else { target.ahead() }
+        let foreseen = Self::foreseen::<E, M, K>(planar.planes * planar.pitch(), self.tuning().foreseen[0], target);
+        if is_long && foreseen { 0 } else { target.ahead() }
     }
 
     /// The same while rows are mapped.
     fn ahead_in_mapped_rows<E: Storage, M: Map<K>, const K: usize>(&self, rows: Rows, target: Target<'_, E>) -> usize {
-        let large = (rows.rows * rows.channels, self.tuning().foreseen[1]);
+        let foreseen = Self::foreseen::<E, M, K>(rows.rows * rows.channels, self.tuning().foreseen[1], target);
         match self.tuning().ahead_in_mapped_rows.map(|bytes| bytes / size_of::<E>()) {
-            _ if self.foreseen::<E, M, K>(large, target) => 0,
+            _ if foreseen => 0,
             Some(ahead) if rows.span() >= ahead => ahead,
             _ => target.ahead(),
         }
