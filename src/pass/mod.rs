@@ -30,7 +30,7 @@ pub(crate) const BATCH: usize = 16;
 /// The shortest plane that a pass goes over once, in bytes: of shorter ones a batch has too little in a row of each image.
 const FUSED_PLANE: usize = 192;
 /// The same for tensors that wait in a third-level cache.
-const FUSED_LONG_PLANE: usize = 2 << 10;
+const LONG_PLANE: usize = 2 << 10;
 /// Bytes that a reduction reads of those at least, on one thread and on more, for a pass that reads that cache once.
 const FUSED: [usize; 2] = [4 << 20, 2 << 20];
 /// Bytes of the channels that a thread reduces before it maps the first of them. The more of an image lies in a row, the faster it
@@ -43,6 +43,8 @@ const BATCH_ROW: usize = 4 << 10;
 const AHEAD_IMAGES: usize = 128 << 10;
 /// The same in each image, where those of several tensors would crowd the same few places of a first-level cache.
 const AHEAD_IN_IMAGE: usize = 512;
+/// The shortest planes, in bytes, of which more is asked for while they are reduced in a third-level cache.
+const AHEAD_PLANE: usize = 512;
 /// The most bytes of a batch that is asked for while another is written: it may wait in a third-level cache.
 const AHEAD_BATCH: usize = 4 << 20;
 /// The shortest plane that is written beside the sums of others, in bytes, by a thread that keeps up with memory anyway, see
@@ -177,8 +179,11 @@ impl<'v> Context<'v> {
     fn fuses<E: Element, R: Reduction<E, S>, const S: usize>(&self, planar: Planar, streaming: bool) -> bool {
         let plane = planar.plane * size_of::<E>();
         let read = bytes_read::<E, R, S>(planar);
-        let is_far = R::TENSORS > 1 || streaming || self.tuning().fused_in_caches;
-        let is_long = plane >= FUSED_LONG_PLANE && planar.together() > 1 && is_far;
+        let long = match R::TENSORS {
+            1 if streaming => LONG_PLANE,
+            tensors => self.tuning().fused_in_caches[usize::from(tensors > 1)],
+        };
+        let is_long = plane >= long && planar.together() > 1;
         let is_large = self.large && (R::TENSORS > 1 || read >= self.tuning().fused_of_one);
         self.by_channel(planar)
             && (is_large && plane >= FUSED_PLANE || is_long && read >= FUSED[usize::from(self.workers > 1)])
@@ -198,7 +203,7 @@ impl<'v> Context<'v> {
             false => planar.together() > 1 && plane >= BESIDE_PLANE[1],
         };
         let few = bytes_read::<E, R, S>(planar) < self.tuning().asked_of_several;
-        let is_near = R::TENSORS > 1 && plane >= FUSED_LONG_PLANE && few;
+        let is_near = R::TENSORS > 1 && plane >= LONG_PLANE && few;
         match self.tier.tier().streams() && planar::may_write_beside::<E>() && may && beside {
             true => Next::Read,
             false if keeps_up || is_near => Next::Left,
@@ -505,14 +510,20 @@ impl<'v> Context<'v> {
 
     /// How many elements ahead of a band others are asked for while `batch` channels are reduced, 0 for none.
     fn ahead<E: Element, R: Reduction<E, S>, const S: usize>(&self, planar: Planar, batch: usize, next: Next) -> usize {
-        let images = planar.together();
-        let stay = (images * batch).saturating_mul(planar.plane * size_of::<E>()) <= AHEAD_IMAGES;
+        let (images, plane) = (planar.together(), planar.plane * size_of::<E>());
+        let stay = (images * batch).saturating_mul(plane) <= AHEAD_IMAGES;
+        let is_near = !self.large && next != Next::Read;
+        let several = R::TENSORS > 1 && size_of::<E>() >= size_of::<f32>();
+        let few = plane < AHEAD_PLANE || bytes_read::<E, R, S>(planar) < FUSED[0];
         match self.tuning().ahead_of_runs {
-            _ if !self.large && next != Next::Read => 0,
-            Some(bytes) => bytes / (images * R::TENSORS * size_of::<E>()),
+            Some(bytes) if !is_near || several && !few => {
+                let from_memory = self.reads_memory::<E, R, S>(planar.planes * planar.pitch());
+                bytes[usize::from(from_memory)] / (images * R::TENSORS * size_of::<E>())
+            }
+            _ if is_near => 0,
             None if R::TENSORS > 1 || next == Next::Read => AHEAD_IN_IMAGE / size_of::<E>(),
             None if stay => images * planar.pitch(),
-            None => 0,
+            _ => 0,
         }
     }
 
@@ -524,7 +535,7 @@ impl<'v> Context<'v> {
 
     /// How many elements ahead of what is written others are asked for while planes are mapped, not batch by batch.
     fn ahead_in_mapped<E: Storage, M: Map<K>, const K: usize>(&self, planar: Planar, target: Target<'_, E>) -> usize {
-        let is_long = planar.plane * size_of::<E>() >= FUSED_LONG_PLANE;
+        let is_long = planar.plane * size_of::<E>() >= LONG_PLANE;
         let foreseen = Self::foreseen::<E, M, K>(planar.planes * planar.pitch(), self.tuning().foreseen[0], target);
         if is_long && foreseen { 0 } else { target.ahead() }
     }

@@ -8,9 +8,9 @@ pub(crate) struct Tuning {
     /// Bytes that a reduction of a single tensor of short planes reads at least for the pass to go over it once; of several tensors, and
     /// of long planes, see the passes.
     pub(crate) fused_of_one: usize,
-    /// Whether a pass goes once over a single tensor of long planes that waits in a third-level cache even where results are stored
-    /// through that.
-    pub(crate) fused_in_caches: bool,
+    /// Bytes of the shortest planes of tensors that wait in a third-level cache, of one whose results are stored through that and of
+    /// several, over which a pass goes once.
+    pub(crate) fused_in_caches: [usize; 2],
     /// Whether a lone thread reads four images from memory as fast as it could ask for them, since the CPU foresees these images.
     pub(crate) keeps_up: bool,
     /// Whether what comes from memory is summed beside what is written, rather than asked for and summed after that.
@@ -21,8 +21,9 @@ pub(crate) struct Tuning {
     pub(crate) left_batch: usize,
     /// The same where the next one is asked for while this one is mapped: both are to wait in a cache near by.
     pub(crate) asked_batch: usize,
-    /// Bytes that are asked for ahead of the runs of all tensors that are summed at a time; if none, it depends on the tensors.
-    pub(crate) ahead_of_runs: Option<usize>,
+    /// Bytes that are asked for ahead of the runs of all tensors that are summed at a time, from a third-level cache and from memory; if
+    /// none, it depends on the tensors.
+    pub(crate) ahead_of_runs: Option<[usize; 2]>,
     /// Bytes that are asked for ahead in a batch that is mapped, where the next one is not: it may wait in a third-level cache.
     pub(crate) ahead_of_mapped: usize,
     /// Bytes of each of several tensors, of long planes and of rows, from which on nothing is asked for ahead while they are mapped past
@@ -57,7 +58,7 @@ impl Tier {
         match self {
             Tier::Portable | Tier::Avx2 => &Tuning {
                 fused_of_one: 8 << 20,
-                fused_in_caches: true,
+                fused_in_caches: [2 << 10; 2],
                 keeps_up: true,
                 beside_from_memory: true,
                 asked_of_several: 0,
@@ -79,13 +80,13 @@ impl Tier {
             },
             Tier::Avx512 => &Tuning {
                 fused_of_one: 16 << 20,
-                fused_in_caches: false,
+                fused_in_caches: [usize::MAX, 4 << 10],
                 keeps_up: false,
                 beside_from_memory: false,
                 asked_of_several: 128 << 20,
                 left_batch: 400 << 10,
                 asked_batch: 300 << 10,
-                ahead_of_runs: Some(12 << 10),
+                ahead_of_runs: Some([4 << 10, 12 << 10]),
                 ahead_of_mapped: 2 << 10,
                 foreseen: [20 << 20, 40 << 20],
                 from_memory: [16 << 20, 8 << 20],
