@@ -43,8 +43,10 @@ const BATCH_ROW: usize = 4 << 10;
 const AHEAD_IMAGES: usize = 128 << 10;
 /// The same in each image, where those of several tensors would crowd the same few places of a first-level cache.
 const AHEAD_IN_IMAGE: usize = 512;
-/// The shortest planes, in bytes, of which more is asked for while they are reduced in a third-level cache.
+/// The shortest planes of several tensors in a third-level cache, in bytes, of which more is asked for while they are reduced.
 const AHEAD_PLANE: usize = 512;
+/// Bytes that are read of those at least: fewer wait in second-level caches.
+const AHEAD_IN_CACHES: usize = 4 << 20;
 /// The most bytes of a batch that is asked for while another is written: it may wait in a third-level cache.
 const AHEAD_BATCH: usize = 4 << 20;
 /// The shortest plane that is written beside the sums of others, in bytes, by a thread that keeps up with memory anyway, see
@@ -514,7 +516,7 @@ impl<'v> Context<'v> {
         let stay = (images * batch).saturating_mul(plane) <= AHEAD_IMAGES;
         let is_near = !self.large && next != Next::Read;
         let several = R::TENSORS > 1 && size_of::<E>() >= size_of::<f32>();
-        let few = plane < AHEAD_PLANE || bytes_read::<E, R, S>(planar) < FUSED[0];
+        let few = plane < AHEAD_PLANE || bytes_read::<E, R, S>(planar) < AHEAD_IN_CACHES;
         match self.tuning().ahead_of_runs {
             Some(bytes) if !is_near || several && !few => {
                 let from_memory = self.reads_memory::<E, R, S>(planar.planes * planar.pitch());
