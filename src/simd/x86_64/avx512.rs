@@ -29,6 +29,19 @@ pub struct F32(__m512);
 #[derive(Debug, Clone, Copy)]
 pub struct F64(__m512d);
 
+/// Word `i / 2` at place `i`.
+#[cfg(feature = "half")]
+const UPPER_HALVES: __m512i = {
+    let mut index = [0u16; 32];
+    let mut i = 0;
+    while i < 32 {
+        index[i] = i as u16 / 2;
+        i += 1;
+    }
+    // SAFETY: as many bytes, and any are a vector.
+    unsafe { core::mem::transmute(index) }
+};
+
 impl Isa for Avx512 {
     const TIER: Tier = Tier::Avx512;
     type F32 = F32;
@@ -81,8 +94,9 @@ impl Isa for Avx512 {
     unsafe fn load_bf16(self, from: *const u16) -> F32 {
         // SAFETY: `self` proves AVX-512; 16 values can be read, as the caller promises.
         unsafe {
-            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
-            F32(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)))
+            // One shuffle, of each value to the upper half of its lane, where widening and a shift would be two.
+            let bits = _mm512_castsi256_si512(_mm256_loadu_si256(from.cast()));
+            F32(_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAA_AAAA, UPPER_HALVES, bits)))
         }
     }
     #[cfg(feature = "half")]
