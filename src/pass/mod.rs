@@ -29,9 +29,10 @@ const STREAMED_STRETCH: usize = 1 << 18;
 pub(crate) const BATCH: usize = 16;
 /// The shortest plane that a pass goes over once, in bytes: of shorter ones a batch has too little in a row of each image.
 const FUSED_PLANE: usize = 192;
-/// The same for tensors that wait in a third-level cache.
+/// The shortest of long planes, in bytes: CPUs foresee what follows in them, and a pass goes once over those of a single tensor that waits
+/// in a third-level cache if its results go past that. For others there see [`Tuning::fused_in_caches`].
 const LONG_PLANE: usize = 2 << 10;
-/// Bytes that a reduction reads of those at least, on one thread and on more, for a pass that reads that cache once.
+/// Bytes that a reduction reads of long planes at least, on one thread and on more, for a pass that reads that cache once.
 const FUSED: [usize; 2] = [4 << 20, 2 << 20];
 /// Bytes of the channels that a thread reduces before it maps the first of them. The more of an image lies in a row, the faster it
 /// comes from memory; but the next batch is to wait in a second-level cache beside this one. Where it does not, see [`Tuning`].
@@ -515,10 +516,10 @@ impl<'v> Context<'v> {
         let (images, plane) = (planar.together(), planar.plane * size_of::<E>());
         let stay = (images * batch).saturating_mul(plane) <= AHEAD_IMAGES;
         let is_near = !self.large && next != Next::Read;
-        let several = R::TENSORS > 1 && size_of::<E>() >= size_of::<f32>();
-        let few = plane < AHEAD_PLANE || bytes_read::<E, R, S>(planar) < AHEAD_IN_CACHES;
+        let is_far =
+            reads_several::<E>(R::TENSORS) && plane >= AHEAD_PLANE && bytes_read::<E, R, S>(planar) >= AHEAD_IN_CACHES;
         match self.tuning().ahead_of_runs {
-            Some(bytes) if !is_near || several && !few => {
+            Some(bytes) if !is_near || is_far => {
                 let from_memory = self.reads_memory::<E, R, S>(planar.planes * planar.pitch());
                 bytes[usize::from(from_memory)] / (images * R::TENSORS * size_of::<E>())
             }
@@ -531,8 +532,7 @@ impl<'v> Context<'v> {
 
     /// Whether CPUs foresee what a map reads of so many elements sooner than it can be asked for, if that is as many bytes at `least`.
     fn foreseen<E: Storage, M: Map<K>, const K: usize>(elements: usize, least: usize, target: Target<'_, E>) -> bool {
-        let several = M::TENSORS > 1 && size_of::<E>() >= size_of::<f32>();
-        several && target.streaming && elements * size_of::<E>() >= least
+        reads_several::<E>(M::TENSORS) && target.streaming && elements * size_of::<E>() >= least
     }
 
     /// How many elements ahead of what is written others are asked for while planes are mapped, not batch by batch.
@@ -556,7 +556,7 @@ impl<'v> Context<'v> {
     fn ahead_in_rows<E: Element, R: Reduction<E, S>, const S: usize>(&self, rows: Rows) -> (usize, bool) {
         let from_memory = self.views.is_none() && self.reads_memory::<E, R, S>(rows.rows * rows.channels);
         let &Tuning { in_order, ahead_in_order, ahead_in_rows, .. } = self.tuning();
-        let several = usize::from(R::TENSORS > 1 && size_of::<E>() >= size_of::<f32>());
+        let several = usize::from(reads_several::<E>(R::TENSORS));
         let (row, longest) = (rows.period() * size_of::<E::Param>(), in_order[usize::from(self.workers > 1)][several]);
         let in_order = from_memory && row <= longest;
         let bytes = match from_memory {
@@ -767,6 +767,11 @@ impl Stretches {
         let cut = |i: usize| (self.head + i * self.each).min(self.len);
         (if i == 0 { 0 } else { cut(i) })..cut(i + 1)
     }
+}
+
+/// Whether so many tensors are several that wait for memory: halves wait for their arithmetic.
+const fn reads_several<E>(tensors: usize) -> bool {
+    tensors > 1 && planar::may_write_beside::<E>()
 }
 
 /// Bytes of a channel of all tensors that a reduction reads.
