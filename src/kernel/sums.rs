@@ -5,7 +5,7 @@
 //! and a sum of equal values hardly rounds at all. Missing vectors and lanes count as zero.
 
 use crate::grid::{BAND, Band, Runs};
-use crate::simd::{Isa, Lanes, MAX_LANES, Part, Vector, splats};
+use crate::simd::{Isa, Lanes, MAX_LANES, Part, Vector, opaque, splats};
 
 /// Vectors that are added as a tree.
 pub(crate) const GROUP: usize = BAND;
@@ -64,12 +64,13 @@ pub(crate) fn tree<I: Isa, V: Vector<I>>(v: [V; GROUP]) -> V {
 }
 
 /// The sums of both terms over a group of vectors, each `stride` after the one before: of whole ones if `FULL`, else of the
-/// first `n` elements of each. Those `ahead` of them are prefetched, none for 0.
+/// first `n` elements of each. Those `ahead` of them are prefetched, none for 0. If `CHAINED`, each place is made of the one before:
+/// else compilers keep all their distances, and more than there are registers for.
 ///
 /// # Safety
 /// These elements lie inside the tensors that `terms` was made for.
 #[inline(always)]
-unsafe fn group<I: Isa, T: Terms<I, K>, const K: usize, const FULL: bool>(
+unsafe fn group<I: Isa, T: Terms<I, K>, const K: usize, const FULL: bool, const CHAINED: bool>(
     isa: I,
     terms: &T,
     params: &[T::Vector; K],
@@ -77,16 +78,22 @@ unsafe fn group<I: Isa, T: Terms<I, K>, const K: usize, const FULL: bool>(
     stride: usize,
     ahead: usize,
 ) -> (T::Vector, T::Vector) {
-    if ahead != 0 {
+    if ahead != 0 && !CHAINED {
         for j in 0..GROUP {
             terms.prefetch(isa, (at + j * stride).wrapping_add(ahead));
         }
     }
     let zero = T::Vector::splat(isa, Default::default());
     let (mut a, mut b) = ([zero; GROUP], [zero; GROUP]);
+    let mut next = at;
     for j in 0..GROUP {
+        let at = if CHAINED { opaque(next) } else { at + j * stride };
+        if ahead != 0 && CHAINED {
+            terms.prefetch(isa, at.wrapping_add(ahead));
+        }
         // SAFETY: the caller's promise.
-        (a[j], b[j]) = unsafe { terms.at::<FULL>(isa, params, at + j * stride, n) };
+        (a[j], b[j]) = unsafe { terms.at::<FULL>(isa, params, at, n) };
+        next = at + stride;
     }
     (tree(a), tree(b))
 }
@@ -230,10 +237,18 @@ impl<I: Isa, V: Vector<I>, const K: usize> RunSums<I, V, K> {
         let whole = band.len - left;
         // In registers, but for the sums in f64.
         let (mut narrow, mut groups) = (self.narrow, self.groups);
-        for i in (0..whole).step_by(step) {
+        // Loops of one tensor have registers enough.
+        let chained = ACROSS && !WHOLE && T::TENSORS > 1 && ahead == 0;
+        for i in (0..if chained { whole } else { 0 }).step_by(step) {
             let at = (band.start + i, V::LANES);
             // SAFETY: the elements asked for lie inside the band.
-            let (a, b) = unsafe { group::<I, T, K, true>(isa, terms, &params, at, stride, ahead) };
+            let (a, b) = unsafe { group::<I, T, K, true, true>(isa, terms, &params, at, stride, 0) };
+            self.push(isa, (&mut narrow, &mut groups), a, b);
+        }
+        for i in (0..if chained { 0 } else { whole }).step_by(step) {
+            let at = (band.start + i, V::LANES);
+            // SAFETY: the elements asked for lie inside the band.
+            let (a, b) = unsafe { group::<I, T, K, true, false>(isa, terms, &params, at, stride, ahead) };
             self.push(isa, (&mut narrow, &mut groups), a, b);
             // SAFETY: the caller's promise.
             unsafe { beside.step() };
@@ -245,10 +260,10 @@ impl<I: Isa, V: Vector<I>, const K: usize> RunSums<I, V, K> {
                 if !ACROSS {
                     rest::<I, T, K>(isa, terms, &params, at)
                 } else if left <= V::LANES / 2 {
-                    let (a, b) = group::<I, T, K, false>(isa, terms, &params, at, stride, ahead);
+                    let (a, b) = group::<I, T, K, false, false>(isa, terms, &params, at, stride, ahead);
                     (a.lower(), b.lower())
                 } else {
-                    group::<I, T, K, false>(isa, terms, &params, at, stride, ahead)
+                    group::<I, T, K, false, false>(isa, terms, &params, at, stride, ahead)
                 }
             };
             self.push(isa, (&mut narrow, &mut groups), a, b);
@@ -332,8 +347,18 @@ pub(crate) struct RowBlock {
     pub(crate) base: usize,
     /// How many elements ahead of what is read others are asked for.
     pub(crate) ahead: usize,
-    /// Whether these are asked for in the order of their addresses, if whole rows are read; else in each row.
-    pub(crate) in_order: bool,
+    pub(crate) asked: Asked,
+}
+
+/// Where rows wait, and how what lies ahead of them is asked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Asked {
+    /// In caches: in each row.
+    Near,
+    /// In memory: in each row.
+    Far,
+    /// In memory: in the order of addresses, if whole rows are read.
+    InOrder,
 }
 
 /// Memory for the sums of rows: each array has a value per column, up to whole vectors.
@@ -361,7 +386,7 @@ pub(crate) unsafe fn over_rows<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vect
     columns: &mut Columns<'_, R>,
 ) {
     let row = block.period * size_of::<R>();
-    let in_order = block.in_order && block.columns == (0, block.period);
+    let in_order = block.asked == Asked::InOrder && block.columns == (0, block.period);
     // SAFETY: the caller's promise.
     unsafe {
         match row.min(FAR) * T::TENSORS {
@@ -412,66 +437,139 @@ unsafe fn sweeps<I: Isa, R: Lanes, T: Terms<I, K, Vector = R::Vector<I>>, const 
     assert!((last - first).next_multiple_of(MAX_LANES) <= padded);
     assert!(columns.params.len() >= K * padded && columns.wide[1].len() == padded);
     assert!(columns.narrow.iter().all(|narrow| narrow.len() == padded));
-    let params_at = columns.params.as_ptr();
-    // By hand: what `map` of an array calls is compiled for each kernel again, and not always for its tier.
-    let narrow = [columns.narrow[0].as_mut_ptr(), columns.narrow[1].as_mut_ptr()];
-    let zero = R::Vector::<I>::splat(isa, R::default());
+    let arrays = Arrays {
+        params: columns.params.as_ptr(),
+        padded,
+        // By hand: what `map` of an array calls is compiled for each kernel again, and not always for its tier.
+        narrow: [columns.narrow[0].as_mut_ptr(), columns.narrow[1].as_mut_ptr()],
+        wide: [columns.wide[0].as_mut_ptr(), columns.wide[1].as_mut_ptr()],
+    };
     // Places in the arrays count from the first column.
     let width = last - first;
     columns.wide.iter_mut().for_each(|wide| wide[..width.next_multiple_of(lanes)].fill(0.0));
-    let wide = [columns.wide[0].as_mut_ptr(), columns.wide[1].as_mut_ptr()];
     // Elements from one group of rows to the next, and of all groups of a sweep.
     let (step, tall) = (GROUP * block.period, H * GROUP * block.period);
     for (sweep, from) in (0..block.len).step_by(tall).enumerate() {
         let (begins, ends) =
             (sweep % (GROUPS / H) == 0, sweep % (GROUPS / H) == GROUPS / H - 1 || from + tall >= block.len);
-        for c in (0..width).step_by(lanes) {
+        let start = block.start + from + first;
+        // At the end of these rows what follows in the next ones.
+        let ahead = |c: usize| block.ahead + if c + block.ahead < width { 0 } else { tall - width };
+        let all = from + tall <= block.len;
+        // Not from memory, where a CPU that waits for nothing else goes too far ahead of what was asked for.
+        let near = const { I::TIER.tuning().near_rows_apart } && block.asked == Asked::Near;
+        let whole = if all && near { width - width % lanes } else { 0 };
+        for c in (0..whole).step_by(lanes) {
             // SAFETY: columns c..c + lanes lie below `padded`, the length of all arrays, by the assertions; the elements inside the
             // block, which is the caller's promise.
             unsafe {
-                let mut params = [zero; K];
-                for (k, vector) in params.iter_mut().enumerate() {
-                    *vector = R::Vector::<I>::load(isa, params_at.add(k * padded + c));
+                let mut sums: ColumnSums<_, K> = arrays.open(isa, c, begins);
+                let (mut at, ahead) = (start + c, ahead(c));
+                for _ in 0..H {
+                    at = opaque(at);
+                    sums.add(group::<I, T, K, true, true>(isa, terms, &sums.params, (at, lanes), block.period, ahead));
+                    at += step;
                 }
-                let (mut a, mut b) = (zero, zero);
-                if !begins {
-                    a = R::Vector::<I>::load(isa, narrow[0].add(c));
-                    b = R::Vector::<I>::load(isa, narrow[1].add(c));
-                }
-                let at = block.start + from + first + c;
-                if from + tall <= block.len && c + lanes <= width {
+                arrays.close(sums, c, ends);
+            }
+        }
+        for c in (whole..width).step_by(lanes) {
+            // SAFETY: as above.
+            unsafe {
+                let mut sums: ColumnSums<_, K> = arrays.open(isa, c, begins);
+                if all && c + lanes <= width {
                     let ahead = if in_order {
                         let next = block.start + from + tall + block.ahead + c * H * GROUP;
                         for i in 0..H * GROUP {
                             terms.prefetch(isa, next.wrapping_add(i * lanes));
                         }
                         0
-                    } else if c + block.ahead < width {
-                        block.ahead
                     } else {
-                        // At the end of these rows what follows in the next ones.
-                        block.ahead + tall - width
+                        ahead(c)
                     };
                     for g in 0..H {
-                        let at = (at + g * step, lanes);
-                        let (ga, gb) = group::<I, T, K, true>(isa, terms, &params, at, block.period, ahead);
-                        (a, b) = (a.add(ga), b.add(gb));
+                        let at = (start + c + g * step, lanes);
+                        sums.add(group::<I, T, K, true, false>(isa, terms, &sums.params, at, block.period, ahead));
                     }
                 } else {
                     for group in (0..tall.min(block.len - from)).step_by(step) {
                         let left = (block.len - from - group).saturating_sub(first + c);
-                        let (at, stride) = (at + group, block.period);
-                        let (ga, gb) = isa.call(Partial { terms, params: &params, at, stride, left, n: width - c });
-                        (a, b) = (a.add(ga), b.add(gb));
+                        let (params, at, n) = (&sums.params, start + c + group, width - c);
+                        let (a, b) = isa.call(Partial { terms, params, at, stride: block.period, left, n });
+                        sums.add((a, b));
                     }
                 }
-                if ends {
-                    a.add_widened(wide[0].add(c));
-                    b.add_widened(wide[1].add(c));
-                } else {
-                    a.store(narrow[0].add(c));
-                    b.store(narrow[1].add(c));
-                }
+                arrays.close(sums, c, ends);
+            }
+        }
+    }
+}
+
+/// The parameters of a vector of columns, and the sums of their terms.
+struct ColumnSums<V, const K: usize> {
+    params: [V; K],
+    sums: [V; 2],
+}
+
+impl<V, const K: usize> ColumnSums<V, K> {
+    #[inline(always)]
+    fn add<I: Isa>(&mut self, (a, b): (V, V))
+    where
+        V: Vector<I>,
+    {
+        self.sums = [self.sums[0].add(a), self.sums[1].add(b)];
+    }
+}
+
+/// The arrays of [`Columns`], each of `padded` values or, of parameters, of a multiple.
+struct Arrays<R> {
+    params: *const R,
+    padded: usize,
+    narrow: [*mut R; 2],
+    wide: [*mut f64; 2],
+}
+
+impl<R: Lanes> Arrays<R> {
+    /// Begins the sums of a vector of columns, or goes on with them.
+    ///
+    /// # Safety
+    /// They lie inside the arrays.
+    #[inline(always)]
+    unsafe fn open<I: Isa, const K: usize>(&self, isa: I, c: usize, begins: bool) -> ColumnSums<R::Vector<I>, K> {
+        let zero = R::Vector::<I>::splat(isa, R::default());
+        let mut sums = ColumnSums { params: [zero; K], sums: [zero; 2] };
+        // SAFETY: the caller's promise.
+        unsafe {
+            for (k, vector) in sums.params.iter_mut().enumerate() {
+                *vector = R::Vector::<I>::load(isa, self.params.add(k * self.padded + c));
+            }
+            if !begins {
+                sums.sums[0] = R::Vector::<I>::load(isa, self.narrow[0].add(c));
+                sums.sums[1] = R::Vector::<I>::load(isa, self.narrow[1].add(c));
+            }
+        }
+        sums
+    }
+
+    /// Ends these sums, or leaves them for later.
+    ///
+    /// # Safety
+    /// As [`Arrays::open`].
+    #[inline(always)]
+    unsafe fn close<I: Isa, const K: usize>(
+        &self,
+        ColumnSums { sums: [a, b], .. }: ColumnSums<R::Vector<I>, K>,
+        c: usize,
+        ends: bool,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if ends {
+                a.add_widened(self.wide[0].add(c));
+                b.add_widened(self.wide[1].add(c));
+            } else {
+                a.store(self.narrow[0].add(c));
+                b.store(self.narrow[1].add(c));
             }
         }
     }

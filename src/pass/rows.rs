@@ -8,13 +8,13 @@ use crate::element::Element;
 use crate::forward::copy;
 use crate::grid::{Rows, Runs};
 use crate::kernel::map::{self, Map, Periodic, Target};
-use crate::kernel::sums::{Columns, RowBlock};
+use crate::kernel::sums::{Asked, Columns, RowBlock};
 use crate::moments::MergeWeights;
 use crate::simd::{Compute, Isa, Kernel, Storage, Vector};
 use crate::tensor::Disjoint;
 
 /// A tile of a block of rows, as the kernels take it.
-pub(super) fn block(rows: Rows, block: usize, tile: Range<usize>, (ahead, in_order): (usize, bool)) -> RowBlock {
+pub(super) fn block(rows: Rows, block: usize, tile: Range<usize>, (ahead, asked): (usize, Asked)) -> RowBlock {
     let range = rows.block(block);
     RowBlock {
         channels: rows.channels,
@@ -24,7 +24,7 @@ pub(super) fn block(rows: Rows, block: usize, tile: Range<usize>, (ahead, in_ord
         columns: (tile.start, tile.end),
         base: 0,
         ahead,
-        in_order,
+        asked,
     }
 }
 

@@ -243,6 +243,14 @@ pub(crate) fn splats<I: Isa, V: Vector<I>, const K: usize>(isa: I, values: &[V::
     vectors
 }
 
+/// The same index, of which a compiler knows nothing.
+#[inline(always)]
+pub(crate) fn opaque(index: usize) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    let index = x86_64::opaque(index);
+    index
+}
+
 /// The bits of `n <= 8` values, the first one lowest, in loads that overlap: a call that copies so few takes longer.
 ///
 /// # Safety

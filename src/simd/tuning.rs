@@ -38,6 +38,8 @@ pub(crate) struct Tuning {
     pub(crate) ahead_in_order: [usize; 2],
     /// The most that is asked for ahead in each of longer rows that are reduced at a time, of half a row.
     pub(crate) ahead_in_rows: [usize; 2],
+    /// Whether rows in caches are reduced in a loop of their own, without a look at what is left of them.
+    pub(crate) near_rows_apart: bool,
     /// Whether a tensor is mapped from its end, which was read last, rather than in the order that the CPU foresees.
     pub(crate) maps_backwards: bool,
     /// Whether rows are mapped in pairs that share the loads of their parameters, in the caches.
@@ -71,6 +73,7 @@ impl Tier {
                 in_order: [[4 << 10, 4 << 10]; 2],
                 ahead_in_order: [16 << 10, 16 << 10],
                 ahead_in_rows: [512, 512],
+                near_rows_apart: false,
                 maps_backwards: true,
                 pairs_rows: false,
                 crowded: 16 << 10,
@@ -93,6 +96,7 @@ impl Tier {
                 in_order: [[2 << 10, 512], [2 << 10, 2 << 10]],
                 ahead_in_order: [8 << 10, 4 << 10],
                 ahead_in_rows: [2 << 10, 1 << 10],
+                near_rows_apart: true,
                 maps_backwards: false,
                 pairs_rows: true,
                 crowded: 24 << 10,

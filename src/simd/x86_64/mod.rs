@@ -8,6 +8,14 @@ mod avx512;
 pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 
+/// The same index, of which a compiler knows nothing.
+#[inline(always)]
+pub(super) fn opaque(mut index: usize) -> usize {
+    // SAFETY: no instruction at all.
+    unsafe { core::arch::asm!("/* {0} */", inout(reg) index, options(pure, nomem, nostack, preserves_flags)) };
+    index
+}
+
 /// Bytes below which no cache behind the first two levels is believed.
 const LEAST: usize = 1 << 20;
 
