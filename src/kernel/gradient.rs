@@ -9,8 +9,9 @@
 
 use core::ops::Range;
 
+use super::columns::{self, Columns, RowBlock};
 use super::map::Map;
-use super::sums::{self, Columns, RowBlock, RunSums, Terms};
+use super::sums::{RunSums, Terms};
 use crate::activation::Bend;
 use crate::element::{Element, Real};
 use crate::forward::copy;
@@ -434,7 +435,7 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element, U: Upstream<E>, const K: usize>
         }
     }
     // SAFETY: the caller's promise.
-    unsafe { sums::over_rows::<_, _, _, K>(isa, &pair, block, columns) };
+    unsafe { columns::over_rows::<_, _, _, K>(isa, &pair, block, columns) };
     let width = last - first;
     let [a, b] = out.map(|out| &mut out[..width]);
     let [wide_a, wide_b] = columns.wide.each_ref().map(|wide| &wide[..width]);

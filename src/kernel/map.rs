@@ -461,11 +461,81 @@ unsafe fn whole<I: Isa, M: Map<K>, const K: usize>(
 ) {
     // SAFETY: the caller's promise.
     unsafe {
+        let at = match params.period / Compute::<I, M::Element>::LANES {
+            3 => few::<I, M, K, 3>(isa, map, params, at, ahead, target),
+            4 => few::<I, M, K, 4>(isa, map, params, at, ahead, target),
+            6 => few::<I, M, K, 6>(isa, map, params, at, ahead, target),
+            8 => few::<I, M, K, 8>(isa, map, params, at, ahead, target),
+            _ => at,
+        };
         match (I::STREAMS && target.streaming, params.woven) {
             (true, true) => params.column = isa.call(Woven::<M, K, true> { map, params: *params, at, ahead, target }),
             (false, true) => params.column = isa.call(Woven::<M, K, false> { map, params: *params, at, ahead, target }),
             (true, false) => write_whole::<I, M, K, true, false>(isa, map, params, at, ahead, target),
             (false, false) => write_whole::<I, M, K, false, false>(isa, map, params, at, ahead, target),
+        }
+    }
+}
+
+/// Writes whole rows, if they have `N` vectors and the parameters of all fit the registers; where the rest begins, and its vectors.
+///
+/// # Safety
+/// As [`whole`].
+#[inline(always)]
+unsafe fn few<I: Isa, M: Map<K>, const K: usize, const N: usize>(
+    isa: I,
+    map: M,
+    params: &Periodic<'_, <M::Element as Storage>::Compute>,
+    (at, vectors): (usize, usize),
+    ahead: usize,
+    target: Target<'_, M::Element>,
+) -> (usize, usize) {
+    let (lanes, rows) = (Compute::<I, M::Element>::LANES, vectors / N);
+    let keeps = const { K * N <= I::TIER.tuning().kept_params };
+    if !keeps || params.woven || params.period != N * lanes || rows == 0 {
+        return (at, vectors);
+    }
+    // What is asked for ahead of several tensors, past the caches, comes sooner with more to do between the loads.
+    if target.streaming && M::TENSORS > 1 && ahead > 0 {
+        return (at, vectors);
+    }
+    let params = *params;
+    if I::STREAMS && target.streaming {
+        isa.call(Few::<M, K, N, true> { map, params, at: (at, rows), ahead, target });
+    } else {
+        isa.call(Few::<M, K, N, false> { map, params, at: (at, rows), ahead, target });
+    }
+    (at + rows * N * lanes, vectors - rows * N)
+}
+
+/// So many rows of `N` vectors, whose parameters stay in registers, from a place on; safe as [`write_whole`]. Compiled apart, so that
+/// nothing else takes registers.
+struct Few<'a, M: Map<K>, const K: usize, const N: usize, const STREAM: bool> {
+    map: M,
+    params: Periodic<'a, <M::Element as Storage>::Compute>,
+    at: (usize, usize),
+    ahead: usize,
+    target: Target<'a, M::Element>,
+}
+
+impl<M: Map<K>, const K: usize, const N: usize, const STREAM: bool> Kernel for Few<'_, M, K, N, STREAM> {
+    type Output = ();
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let Self { map, mut params, at: (at, rows), ahead, target } = self;
+        let lanes = Compute::<I, M::Element>::LANES;
+        let mut of_columns = [[Compute::<I, M::Element>::splat(isa, Default::default()); K]; N];
+        for of_column in &mut of_columns {
+            *of_column = params.get::<I, K, false>(isa);
+            params.pass(lanes);
+        }
+        for at in (at..at + rows * N * lanes).step_by(N * lanes) {
+            for (j, of_column) in of_columns.iter().enumerate() {
+                let at = at + j * lanes;
+                map.prefetch(isa, at + ahead);
+                // SAFETY: the promise of who made this.
+                unsafe { target.store::<I, STREAM>(isa, map.at::<I, true>(isa, of_column, at, lanes), at) };
+            }
         }
     }
 }

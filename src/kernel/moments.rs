@@ -7,7 +7,8 @@
 
 use core::marker::PhantomData;
 
-use super::sums::{self, Beside, Columns, RowBlock, RunSums, Terms};
+use super::columns::{self, Columns, RowBlock};
+use super::sums::{self, Beside, RunSums, Terms};
 use crate::element::{Element, Real};
 use crate::grid::{Band, Runs};
 use crate::moments::two_sum;
@@ -419,7 +420,7 @@ unsafe fn shifts_of_rows<I: Isa, E: Element>(isa: I, x: *const E, block: RowBloc
     }
 }
 
-/// The sums of enlarged deviations for each channel of a block of rows, see [`sums::over_rows`]. Rare, so compiled apart.
+/// The sums of enlarged deviations for each channel of a block of rows, see [`columns::over_rows`]. Rare, so compiled apart.
 struct EnlargedRows<'b, 'a, E: Element> {
     x: *const E,
     block: RowBlock,
@@ -431,7 +432,7 @@ impl<I: Isa, E: Element> Part<I> for EnlargedRows<'_, '_, E> {
     #[inline(always)]
     fn run(self, isa: I) {
         // SAFETY: the promise of who made this.
-        unsafe { sums::over_rows(isa, &scaled(self.x, E::Param::ENLARGED), self.block, self.columns) };
+        unsafe { columns::over_rows(isa, &scaled(self.x, E::Param::ENLARGED), self.block, self.columns) };
     }
 }
 
@@ -509,7 +510,7 @@ pub(crate) unsafe fn of_rows<I: Isa, E: Element>(
         }
     }
     // SAFETY: the caller's promise.
-    unsafe { sums::over_rows(isa, &deviations(x), block, columns) };
+    unsafe { columns::over_rows(isa, &deviations(x), block, columns) };
     let (mut sound, mut tiny) = (true, false);
     for c in 0..width {
         let shifted = shifted(columns, c);

@@ -11,8 +11,9 @@ use self::planar::{Reduce, Values};
 use crate::element::{Element, Real};
 use crate::forward::copy;
 use crate::grid::{Band, Geometry, Planar, Rows, Runs, for_each_piece, pieces};
+use crate::kernel::columns::{Asked, Columns, RowBlock};
 use crate::kernel::map::{Map, Target};
-use crate::kernel::sums::{Asked, Beside, Columns, RowBlock};
+use crate::kernel::sums::Beside;
 use crate::moments::MergeWeights;
 use crate::scratch::{Need, Scratch};
 use crate::simd::{Dispatched, Isa, Kernel, MAX_LANES, Storage, Tuning, dispatch};
@@ -555,10 +556,17 @@ impl<'v> Context<'v> {
     /// How many elements ahead of rows others are asked for while they are reduced, and how.
     fn ahead_in_rows<E: Element, R: Reduction<E, S>, const S: usize>(&self, rows: Rows) -> (usize, Asked) {
         let from_memory = self.views.is_none() && self.reads_memory::<E, R, S>(rows.rows * rows.channels);
-        let &Tuning { in_order, ahead_in_order, ahead_in_rows, .. } = self.tuning();
+        let &Tuning { short_rows, ahead_in_short_rows, in_order, ahead_in_order, ahead_in_rows, .. } = self.tuning();
         let several = usize::from(reads_several::<E>(R::TENSORS));
         let (row, longest) = (rows.period() * size_of::<E::Param>(), in_order[usize::from(self.workers > 1)][several]);
+        let (near, far) = ahead_in_short_rows[usize::from(R::TENSORS > 1)];
+        let short = if from_memory { far } else { Some(near) };
         let (bytes, asked) = match from_memory {
+            _ if short_rows.contains(&row)
+                && let Some(ahead) = short =>
+            {
+                (ahead, Asked::Short)
+            }
             true if row <= longest => (ahead_in_order[several], Asked::InOrder),
             true => (AHEAD_IN_ROWS.max(ahead_in_rows[several].min(row / 2)), Asked::Far),
             false => (AHEAD_IN_ROWS, Asked::Near),

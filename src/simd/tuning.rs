@@ -38,11 +38,17 @@ pub(crate) struct Tuning {
     pub(crate) ahead_in_order: [usize; 2],
     /// The most that is asked for ahead in each of longer rows that are reduced at a time, of half a row.
     pub(crate) ahead_in_rows: [usize; 2],
-    /// Whether rows in caches are reduced in a loop of their own, without a look at what is left of them.
+    /// Bytes of the rows of two to four vectors, once widened, which are reduced one after the other.
+    pub(crate) short_rows: &'static [usize],
+    /// Bytes, once widened, that are asked for ahead in these, of one tensor and of several: in caches and, if there too, from memory.
+    pub(crate) ahead_in_short_rows: [(usize, Option<usize>); 2],
+    /// Whether other rows in caches are reduced in a loop of their own, without a look at what is left of them.
     pub(crate) near_rows_apart: bool,
     /// Whether a tensor is mapped from its end, which was read last, rather than in the order that the CPU foresees.
     pub(crate) maps_backwards: bool,
-    /// Whether rows are mapped in pairs that share the loads of their parameters, in the caches.
+    /// Vectors of parameters that fit the registers beside what is made of them while rows are mapped; none if rows are no faster so.
+    pub(crate) kept_params: usize,
+    /// Whether longer rows are mapped in pairs that share the loads of their parameters, in the caches.
     pub(crate) pairs_rows: bool,
     /// Bytes of the parameters of a row that stay in a first-level cache beside the tensors.
     pub(crate) crowded: usize,
@@ -73,8 +79,11 @@ impl Tier {
                 in_order: [[4 << 10, 4 << 10]; 2],
                 ahead_in_order: [16 << 10, 16 << 10],
                 ahead_in_rows: [512, 512],
+                short_rows: &[],
+                ahead_in_short_rows: [(0, None); 2],
                 near_rows_apart: false,
                 maps_backwards: true,
+                kept_params: 0,
                 pairs_rows: false,
                 crowded: 16 << 10,
                 strip: 16 << 10,
@@ -96,8 +105,11 @@ impl Tier {
                 in_order: [[2 << 10, 512], [2 << 10, 2 << 10]],
                 ahead_in_order: [8 << 10, 4 << 10],
                 ahead_in_rows: [2 << 10, 1 << 10],
+                short_rows: &[128, 192, 256],
+                ahead_in_short_rows: [(2 << 10, Some(12 << 10)), (3 << 10, None)],
                 near_rows_apart: true,
                 maps_backwards: false,
+                kept_params: 24,
                 pairs_rows: true,
                 crowded: 24 << 10,
                 strip: 12 << 10,
