@@ -1,5 +1,6 @@
 //! Each pass beside its yardstick: plain stream kernels that move the least bytes that the pass can move, with the
-//! same threads in the same run. Prints a table and writes roofline.json into the target directory.
+//! same threads in the same run. Prints a table and writes roofline.json into the target directory, or fused.json, unless only some of
+//! the shapes, passes, layouts or threads were asked for.
 //!
 //! `cargo bench --bench roofline` runs all shapes, `-- --quick` a few of them in under a minute, `-- --fused` the passes with an
 //! activation and a residual.
@@ -38,7 +39,7 @@ struct Args {
     #[arg(long)]
     dtype: Option<String>,
     /// Images instead of 32 in the shapes of ResNet-50
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = BATCH)]
     batch: usize,
     /// Only this number of threads
     #[arg(long)]
@@ -53,6 +54,17 @@ struct Args {
     #[arg(long, hide = true)]
     bench: bool,
 }
+
+impl Args {
+    /// That what is measured is not what the pictures and tables show.
+    fn is_partial(&self) -> bool {
+        let of = self.shape.is_some() || self.pass.is_some() || self.layout.is_some() || self.threads.is_some();
+        of || self.batch != BATCH
+    }
+}
+
+/// Images in the shapes of ResNet-50.
+const BATCH: usize = 32;
 
 /// A shape of the table.
 #[derive(Clone, Copy)]
@@ -162,7 +174,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
     }
     summary(&lines);
-    stream::save(if args.fused { "fused.json" } else { "roofline.json" }, &lines)?;
+    if !args.is_partial() {
+        stream::save(if args.fused { "fused.json" } else { "roofline.json" }, &lines)?;
+    }
     if args.check { check(&lines) } else { Ok(()) }
 }
 

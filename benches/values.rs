@@ -1,9 +1,10 @@
 //! Each pass on values that are hard for f32 beside the same pass on ordinary ones, in turns: constant channels, values whose squares
-//! underflow, subnormal ones, means far away. Prints the ratios, geometric mean and worst over some shapes.
+//! underflow, subnormal ones, means far away. Prints the ratios, geometric mean and worst over some shapes, and writes values.json
+//! into the target directory.
 //!
 //! `cargo bench --bench values`, under a minute.
 
-#[allow(dead_code, reason = "pools, the median and the mean alone")]
+#[allow(dead_code, reason = "no streams")]
 mod stream;
 
 use std::time::Instant;
@@ -12,6 +13,7 @@ use batchnorm::{Affine, BatchNorm, Gradients, Population, Shape};
 use clap::Parser;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
+use serde::Serialize;
 
 /// Times each pass on hard values over its time on ordinary ones.
 #[derive(Parser)]
@@ -22,6 +24,16 @@ struct Args {
     /// Passed by cargo bench
     #[arg(long, hide = true)]
     bench: bool,
+}
+
+/// One line of the result.
+#[derive(Serialize)]
+struct Line {
+    pass: &'static str,
+    values: &'static str,
+    shape: &'static str,
+    threads: usize,
+    ratio: f64,
 }
 
 const PASSES: [&str; 3] = ["forward", "inference", "backward"];
@@ -51,6 +63,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut threads = vec![1, num_cpus::get_physical()];
     threads.dedup();
     println!("{:<10} {:<18} {:>7} {:>9} {:>6}  worst shape", "pass", "values", "threads", "geo mean", "worst");
+    let mut lines = Vec::new();
     for threads in threads {
         let pool = stream::pool(threads)?;
         let mut ratios = [const { [const { Vec::new() }; KINDS.len()] }; PASSES.len()];
@@ -65,10 +78,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 let mean = stream::geometric_mean(ratios.iter().copied());
                 let (worst, ratio) = ratios.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).expect("a shape");
                 println!("{pass:<10} {kind:<18} {threads:>7} {mean:>9.2} {ratio:>6.2}  {}", shapes[worst].0);
+                let line = |(&(shape, _), ratio): (_, f64)| Line { pass, values: kind, shape, threads, ratio };
+                lines.extend(shapes.iter().zip(ratios).map(line));
             }
         }
     }
-    Ok(())
+    stream::save("values.json", &lines)
 }
 
 /// The median of the time of each pass on each kind of values.

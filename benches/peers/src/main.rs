@@ -1,5 +1,6 @@
 //! Times this crate beside other libraries: everyone takes turns on the same problem, after their results were
-//! compared. Prints a table and writes peers.json into the target directory. Started by `benches/peers/run`.
+//! compared. Prints a table and writes peers.json into the target directory, unless only some peers, shapes or passes were
+//! asked for. Started by `benches/peers/run`.
 
 mod burn_flex;
 mod candle_cpu;
@@ -121,9 +122,11 @@ fn main() -> Result<()> {
     }
     std::fs::remove_dir_all(&data)?;
     report::print_summary(&rows);
-    let path = args.target.join("peers.json");
-    std::fs::write(&path, serde_json::to_string_pretty(&rows)?)?;
-    println!("\nwritten to {}", path.display());
+    if args.shape.is_none() && args.pass.is_none() && args.peer.is_none() {
+        let path = args.target.join("peers.json");
+        std::fs::write(&path, serde_json::to_string_pretty(&rows)?)?;
+        println!("\nwritten to {}", path.display());
+    }
     absent.iter().for_each(|line| println!("absent: {line}"));
     ensure!(failures.is_empty(), "not timed:\n{}", failures.join("\n"));
     Ok(())

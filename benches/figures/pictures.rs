@@ -1,92 +1,22 @@
-//! Draws what the other benches wrote into the target directory, as SVG: the roofline by shape, the sweep over sizes, the
-//! peers, and whitening.
-//!
-//! `cargo bench --bench figures` draws into docs/ what there is of roofline.json, sweep.json, peers.json and
-//! whitening.json.
+//! The pictures, as SVG.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 
-use clap::Parser;
 use plotters::coord::combinators::LogCoord;
 use plotters::coord::ranged1d::{AsRangedCoord, ValueFormatter};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
-use serde::Deserialize;
 
-use plot::{COLORS, Panel, look, svg};
-
-#[path = "../examples/plot/mod.rs"]
-mod plot;
-
-/// Draws the results of the other benches.
-#[derive(Parser)]
-struct Args {
-    /// Where the pictures go
-    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/docs"))]
-    out: PathBuf,
-    /// Passed by cargo bench
-    #[arg(long, hide = true)]
-    bench: bool,
-}
-
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
-/// From the text of a file of results to a picture.
-type Draw = fn(&str) -> Result<String>;
+use crate::plot::{COLORS, Panel, look, svg};
+use crate::{Peer, Result, Roofline, Sweep, Whitening, threads};
 
 /// Sizes of text: of labels and of titles, and those of a grid.
 const SMALL: (&str, i32) = ("sans-serif", 13);
 const LARGE: (&str, i32) = ("sans-serif", 20);
 const GRID: [i32; 2] = [13, 15];
 
-fn main() -> Result<()> {
-    let args = Args::parse();
-    std::fs::create_dir_all(&args.out)?;
-    let target =
-        std::env::var("CARGO_TARGET_DIR").unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/target").into());
-    let draws: [(&str, Draw); 4] =
-        [("roofline", roofline), ("sweep", sweep), ("peers", peers), ("whitening", whitening)];
-    for (name, draw) in draws {
-        let from = Path::new(&target).join(name).with_extension("json");
-        if !from.exists() {
-            println!("{name}: not measured, there is no {}", from.display());
-            continue;
-        }
-        let to = args.out.join(name).with_extension("svg");
-        std::fs::write(&to, draw(&std::fs::read_to_string(from)?)?)?;
-        println!("{name}: drawn to {}", to.display());
-    }
-    Ok(())
-}
-
-/// A shape in the files of results.
-#[derive(Deserialize)]
-struct Shape {
-    n: usize,
-    c: usize,
-    spatial: Vec<usize>,
-}
-
-impl Shape {
-    fn name(&self) -> String {
-        [&[self.n, self.c], &self.spatial[..]].concat().iter().map(usize::to_string).collect::<Vec<_>>().join("x")
-    }
-}
-
-#[derive(Deserialize)]
-struct Roofline {
-    pass: String,
-    layout: String,
-    dtype: String,
-    shape: Shape,
-    threads: usize,
-    ratio: f64,
-}
-
 /// A panel for each pass and group of layouts, a row for each shape, a dot for each number of threads.
-fn roofline(json: &str) -> Result<String> {
-    let mut lines: Vec<Roofline> = serde_json::from_str(json)?;
-    lines.retain(|line| line.dtype == "f32");
+pub fn roofline(lines: &[Roofline]) -> Result<String> {
     svg((1500, 900), |sheet| {
         for (i, panel) in sheet.split_evenly((2, 3)).iter().enumerate() {
             let pass = ["forward", "backward", "inference"][i % 3];
@@ -95,7 +25,7 @@ fn roofline(json: &str) -> Result<String> {
                 line.pass == pass && ["NHWC", "NC"].contains(&line.layout.as_str()) == rows_of_channels
             };
             let mut dots = Dots::default();
-            for line in lines.iter().filter(inside) {
+            for line in lines.iter().filter(|line| line.dtype == "f32").filter(inside) {
                 dots.add(format!("{} {}", line.layout, line.shape.name()), &threads(line.threads), line.ratio);
             }
             let layouts = if rows_of_channels { "NHWC, NC" } else { "NCHW, NCDHW" };
@@ -103,10 +33,6 @@ fn roofline(json: &str) -> Result<String> {
         }
         Ok(())
     })
-}
-
-fn threads(n: usize) -> String {
-    if n == 1 { "1 thread".into() } else { format!("{n} threads") }
 }
 
 /// Values by row and series.
@@ -178,18 +104,8 @@ impl Dots {
     }
 }
 
-#[derive(Deserialize)]
-struct Sweep {
-    pass: String,
-    layout: String,
-    bytes: usize,
-    threads: usize,
-    ns_per_element: f64,
-}
-
 /// A panel for each number of threads, a line for each pass.
-fn sweep(json: &str) -> Result<String> {
-    let lines: Vec<Sweep> = serde_json::from_str(json)?;
+pub fn sweep(lines: &[Sweep]) -> Result<String> {
     let most = lines.iter().map(|line| line.threads).max().unwrap_or(1);
     let (low, high) = lines
         .iter()
@@ -248,23 +164,14 @@ fn legend<'a, 'svg: 'a>(chart: &mut Chart<'a, 'svg>) -> Result<()> {
     Ok(())
 }
 
-#[derive(Deserialize)]
-struct Whitening {
-    pass: String,
-    norm: String,
-    channels: usize,
-    ns_per_element: f64,
-}
-
 /// A panel for each pass, a line for each way to normalize.
-fn whitening(json: &str) -> Result<String> {
-    let lines: Vec<Whitening> = serde_json::from_str(json)?;
+pub fn whitening(lines: &[Whitening]) -> Result<String> {
     let (low, high) = lines
         .iter()
         .fold((f64::MAX, 0.0f64), |(low, high), line| (low.min(line.ns_per_element), high.max(line.ns_per_element)));
     let most = lines.iter().map(|line| line.channels).max().unwrap_or(1) as f64;
     let mut norms: Vec<&str> = Vec::new();
-    for line in &lines {
+    for line in lines {
         if !norms.contains(&line.norm.as_str()) {
             norms.push(&line.norm);
         }
@@ -301,20 +208,8 @@ fn size(bytes: f64) -> String {
     }
 }
 
-#[derive(Deserialize)]
-struct Peer {
-    peer: String,
-    pass: String,
-    layout: String,
-    dtype: String,
-    shape: Shape,
-    threads: usize,
-    ratio: f64,
-}
-
 /// A panel for each pass, a row for each peer and layout, a dot for each shape; f32 with the most threads.
-fn peers(json: &str) -> Result<String> {
-    let lines: Vec<Peer> = serde_json::from_str(json)?;
+pub fn peers(lines: &[Peer]) -> Result<String> {
     let most = lines.iter().map(|line| line.threads).max().unwrap_or(1);
     let mut passes: Vec<&str> = lines.iter().map(|line| line.pass.as_str()).collect();
     passes.sort();
