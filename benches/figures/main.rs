@@ -30,6 +30,9 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 /// The documents with tables.
 const DOCUMENTS: [&str; 3] = ["README.md", "docs/performance.md", "docs/choosing.md"];
 
+/// Groups of layouts: planes, and rows.
+const LAYOUTS: [&str; 2] = ["NCHW", "NHWC, NC"];
+
 /// A shape in the files of results.
 #[derive(Deserialize)]
 struct Shape {
@@ -58,6 +61,13 @@ struct Roofline {
     threads: usize,
     kernel_us: f64,
     ratio: f64,
+}
+
+impl Roofline {
+    /// Those that its layout is grouped with.
+    fn layouts(&self) -> &'static str {
+        LAYOUTS[usize::from(self.layout.ends_with('C'))]
+    }
 }
 
 #[derive(Deserialize)]
@@ -162,4 +172,9 @@ fn drawn<T>(draw: impl Fn(&[T]) -> Result<String>, lines: &[T]) -> Result<Option
 
 fn threads(n: usize) -> String {
     if n == 1 { "1 thread".into() } else { format!("{n} threads") }
+}
+
+/// The most threads that were measured.
+fn most(threads: impl Iterator<Item = usize>) -> usize {
+    threads.max().unwrap_or(1)
 }

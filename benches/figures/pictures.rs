@@ -8,7 +8,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use crate::plot::{COLORS, Panel, look, svg};
-use crate::{Peer, Result, Roofline, Sweep, Whitening, threads};
+use crate::{LAYOUTS, Peer, Result, Roofline, Sweep, Whitening, most, threads};
 
 /// Sizes of text: of labels and of titles, and those of a grid.
 const SMALL: (&str, i32) = ("sans-serif", 13);
@@ -20,16 +20,13 @@ pub fn roofline(lines: &[Roofline]) -> Result<String> {
     svg((1500, 900), |sheet| {
         for (i, panel) in sheet.split_evenly((2, 3)).iter().enumerate() {
             let pass = ["forward", "backward", "inference"][i % 3];
-            let rows_of_channels = i / 3 == 1;
-            let inside = |line: &&Roofline| {
-                line.pass == pass && ["NHWC", "NC"].contains(&line.layout.as_str()) == rows_of_channels
-            };
+            let layouts = LAYOUTS[i / 3];
+            let inside = |l: &&Roofline| l.pass == pass && l.layouts() == layouts && l.dtype == "f32";
             let mut dots = Dots::default();
-            for line in lines.iter().filter(|line| line.dtype == "f32").filter(inside) {
+            for line in lines.iter().filter(inside) {
                 dots.add(format!("{} {}", line.layout, line.shape.name()), &threads(line.threads), line.ratio);
             }
-            let layouts = if rows_of_channels { "NHWC, NC" } else { "NCHW, NCDHW" };
-            dots.draw(panel, &format!("{pass}, {layouts}"), "time / yardstick, f32")?;
+            dots.draw(panel, &format!("{pass}, {}", ["NCHW, NCDHW", "NHWC, NC"][i / 3]), "time / yardstick, f32")?;
         }
         Ok(())
     })
@@ -106,7 +103,7 @@ impl Dots {
 
 /// A panel for each number of threads, a line for each pass.
 pub fn sweep(lines: &[Sweep]) -> Result<String> {
-    let most = lines.iter().map(|line| line.threads).max().unwrap_or(1);
+    let most = most(lines.iter().map(|line| line.threads));
     let (low, high) = lines
         .iter()
         .fold((f64::MAX, 0.0f64), |(low, high), line| (low.min(line.ns_per_element), high.max(line.ns_per_element)));
@@ -210,7 +207,7 @@ fn size(bytes: f64) -> String {
 
 /// A panel for each pass, a row for each peer and layout, a dot for each shape; f32 with the most threads.
 pub fn peers(lines: &[Peer]) -> Result<String> {
-    let most = lines.iter().map(|line| line.threads).max().unwrap_or(1);
+    let most = most(lines.iter().map(|line| line.threads));
     let mut passes: Vec<&str> = lines.iter().map(|line| line.pass.as_str()).collect();
     passes.sort();
     passes.dedup();
@@ -218,8 +215,7 @@ pub fn peers(lines: &[Peer]) -> Result<String> {
         for (panel, pass) in sheet.split_evenly((1, passes.len().max(1))).iter().zip(&passes) {
             let mut dots = Dots::default();
             for line in lines.iter().filter(|l| l.pass == *pass && l.dtype == "f32" && l.threads == most) {
-                let large = line.shape.n * line.shape.c * line.shape.spatial.iter().product::<usize>() * 4 >= 16 << 20;
-                let size = if large { "16 MiB and more" } else { "less than 16 MiB" };
+                let size = if line.shape.bytes() >= 16 << 20 { "16 MiB and more" } else { "less than 16 MiB" };
                 dots.add(format!("{} {}", line.peer, line.layout), size, line.ratio);
             }
             dots.draw(panel, pass, &format!("times as fast as the peer, {}", threads(most)))?;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use crate::{Peer, Result, Results, Roofline, Values, threads};
+use crate::{LAYOUTS, Peer, Result, Results, Roofline, Values, most, threads};
 
 /// The goals of a pass over some layouts: the geometric mean, and the worst shape.
 type Goal = (&'static str, &'static str, f64, f64);
@@ -49,7 +49,6 @@ const VALUES: [(&str, &str); 4] = [
 ];
 
 const PASSES: [&str; 3] = ["forward", "backward", "inference"];
-const LAYOUTS: [&str; 2] = ["NCHW", "NHWC, NC"];
 
 /// A table of Markdown.
 pub struct Table {
@@ -131,6 +130,26 @@ fn counts(of: impl Iterator<Item = usize>) -> Vec<usize> {
     counts
 }
 
+/// Columns: each of these with each number of threads.
+fn with_threads<const N: usize>(
+    each: [&'static str; N],
+    of: impl Iterator<Item = usize>,
+) -> Vec<(&'static str, usize)> {
+    let counts = counts(of);
+    each.into_iter().flat_map(|what| counts.iter().map(move |&n| (what, n))).collect()
+}
+
+fn title((what, n): (&str, usize)) -> String {
+    format!("{what}, {}", threads(n))
+}
+
+/// The titles of columns, of which those after the first of each kind say the threads alone.
+fn brief(columns: &[(&str, usize)]) -> Vec<String> {
+    let is_first = |i: usize| i == 0 || columns[i - 1].0 != columns[i].0;
+    let of = |(i, &column): (usize, &(&str, usize))| if is_first(i) { title(column) } else { threads(column.1) };
+    columns.iter().enumerate().map(of).collect()
+}
+
 /// The geometric mean.
 fn mean(ratios: &[f64]) -> f64 {
     (ratios.iter().map(|ratio| ratio.ln()).sum::<f64>() / ratios.len() as f64).exp()
@@ -150,10 +169,6 @@ fn cell(ratios: &[f64], write: impl Fn(&[f64]) -> String) -> String {
     if ratios.is_empty() { String::new() } else { write(ratios) }
 }
 
-fn layouts_of(line: &Roofline) -> &'static str {
-    LAYOUTS[usize::from(line.layout.ends_with('C'))]
-}
-
 /// The lines of a pass over some layouts.
 fn of<'a>(
     lines: &'a [Roofline],
@@ -162,26 +177,29 @@ fn of<'a>(
     dtype: &str,
     threads: usize,
 ) -> impl Iterator<Item = &'a Roofline> {
-    lines.iter().filter(move |l| l.pass == pass && layouts_of(l) == layouts && l.dtype == dtype && l.threads == threads)
+    lines.iter().filter(move |l| l.pass == pass && l.layouts() == layouts && l.dtype == dtype && l.threads == threads)
+}
+
+fn worst(ratios: impl Iterator<Item = f64>) -> f64 {
+    ratios.fold(0.0, f64::max)
 }
 
 /// Geometric mean over all shapes / worst of at least 1 MB.
-fn mean_and_worst(lines: &[&Roofline]) -> String {
+fn mean_and_worst<'a>(lines: impl Iterator<Item = &'a Roofline>) -> String {
+    let lines: Vec<&Roofline> = lines.collect();
     let ratios: Vec<f64> = lines.iter().map(|l| l.ratio).collect();
     let size = |l: &Roofline| l.shape.bytes() * if l.dtype == "f64" { 2 } else { 1 };
-    let worst = lines.iter().filter(|l| size(l) >= 1_000_000).map(|l| l.ratio).fold(0.0, f64::max);
+    let worst = worst(lines.iter().filter(|l| size(l) >= 1_000_000).map(|l| l.ratio));
     cell(&ratios, |ratios| format!("{:.2} / {worst:.2}", mean(ratios)))
 }
 
 fn means(lines: &[Roofline]) -> Table {
-    let counts = counts(lines.iter().map(|l| l.threads));
-    let columns = || ["f32", "f64"].into_iter().flat_map(|dtype| counts.iter().map(move |&n| (dtype, n)));
+    let columns = with_threads(["f32", "f64"], lines.iter().map(|l| l.threads));
     let head = ["pass", "layouts", "goal"].map(String::from).into_iter();
     Table::new(
-        head.chain(columns().map(|(dtype, n)| format!("{dtype}, {}", threads(n)))),
+        head.chain(columns.iter().copied().map(title)),
         GOALS.map(|(pass, layouts, goal, worst)| {
-            let cells =
-                columns().map(|(dtype, n)| mean_and_worst(&of(lines, pass, layouts, dtype, n).collect::<Vec<_>>()));
+            let cells = columns.iter().map(|&(dtype, n)| mean_and_worst(of(lines, pass, layouts, dtype, n)));
             [pass.into(), layouts.into(), format!("{goal:.2} / {worst:.2}")].into_iter().chain(cells).collect()
         }),
     )
@@ -232,17 +250,15 @@ fn find<'a>(
 }
 
 fn microseconds(lines: &[Roofline]) -> Table {
-    let counts = counts(lines.iter().map(|l| l.threads));
-    let columns = || PASSES.into_iter().flat_map(|pass| counts.iter().map(move |&n| (pass, n)));
+    let columns = with_threads(PASSES, lines.iter().map(|l| l.threads));
     let rows = shapes(lines).into_iter().map(|(layout, shape)| {
-        let cells = columns().map(|(pass, n)| {
+        let cells = columns.iter().map(|&(pass, n)| {
             let line = find(lines, (layout, &shape), pass, "f32", n);
             line.map_or(String::new(), |l| format!("{} ({:.2})", microsecond(l), l.ratio))
         });
         std::iter::once(format!("{layout} {shape}")).chain(cells).collect()
     });
-    let title = |(pass, n)| if n == counts[0] { format!("{pass}, {}", threads(n)) } else { threads(n) };
-    Table::new(std::iter::once("shape".into()).chain(columns().map(title)), rows)
+    Table::new(std::iter::once("shape".into()).chain(brief(&columns)), rows)
 }
 
 fn microsecond(line: &Roofline) -> String {
@@ -251,7 +267,7 @@ fn microsecond(line: &Roofline) -> String {
 
 /// NHWC beside NCHW with the most threads, and the mean over the batches of 32.
 fn layouts(lines: &[Roofline]) -> Table {
-    let most = lines.iter().map(|l| l.threads).max().unwrap_or(1);
+    let most = most(lines.iter().map(|l| l.threads));
     let both = |shape: &str, pass| {
         let find = |layout| find(lines, (layout, shape), pass, "f32", most);
         find("NHWC").zip(find("NCHW"))
@@ -287,18 +303,17 @@ fn throughput(lines: &[Roofline], pass: &str, layouts: &str, dtype: &str, thread
 }
 
 fn halves(lines: &[Roofline]) -> Table {
-    let counts = counts(lines.iter().map(|l| l.threads));
-    let columns = || ["bf16", "f16"].into_iter().flat_map(|dtype| counts.iter().map(move |&n| (dtype, n)));
+    let columns = with_threads(["bf16", "f16"], lines.iter().map(|l| l.threads));
     let rows = GOALS.map(|(pass, layouts, ..)| {
-        let cells = columns().map(|(dtype, n)| throughput(lines, pass, layouts, dtype, n));
+        let cells = columns.iter().map(|&(dtype, n)| throughput(lines, pass, layouts, dtype, n));
         [pass.into(), layouts.into()].into_iter().chain(cells).collect()
     });
     let head = ["pass", "layouts"].map(String::from).into_iter();
-    Table::new(head.chain(columns().map(|(dtype, n)| format!("{dtype}, {}", threads(n)))), rows)
+    Table::new(head.chain(columns.iter().copied().map(title)), rows)
 }
 
 fn halves_in_short(lines: &[Roofline]) -> Table {
-    let most = lines.iter().map(|l| l.threads).max().unwrap_or(1);
+    let most = most(lines.iter().map(|l| l.threads));
     let row = |pass: &str| {
         let cells = ["bf16", "f16"]
             .map(|dtype| LAYOUTS.map(|layouts| throughput(lines, pass, layouts, dtype, most)).join(" / "));
@@ -309,39 +324,31 @@ fn halves_in_short(lines: &[Roofline]) -> Table {
 }
 
 fn fused(lines: &[Roofline]) -> Table {
-    let counts = counts(lines.iter().map(|l| l.threads));
-    let columns = || LAYOUTS.into_iter().flat_map(|layouts| counts.iter().map(move |&n| (layouts, n)));
-    let rows = FUSED.map(|(pass, title)| {
-        let cells =
-            columns().map(|(layouts, n)| mean_and_worst(&of(lines, pass, layouts, "f32", n).collect::<Vec<_>>()));
-        std::iter::once(title.into()).chain(cells).collect()
+    let columns = with_threads(LAYOUTS, lines.iter().map(|l| l.threads));
+    let rows = FUSED.map(|(pass, what)| {
+        let cells = columns.iter().map(|&(layouts, n)| mean_and_worst(of(lines, pass, layouts, "f32", n)));
+        std::iter::once(what.into()).chain(cells).collect()
     });
-    let title = |(layouts, n)| format!("{layouts}, {}", threads(n));
-    Table::new(std::iter::once("pass".into()).chain(columns().map(title)), rows)
+    Table::new(std::iter::once("pass".into()).chain(columns.iter().copied().map(title)), rows)
 }
 
 /// Geometric mean / worst over the shapes.
 fn values(lines: &[Values]) -> Table {
-    let counts = counts(lines.iter().map(|l| l.threads));
-    let columns =
-        || ["forward", "inference", "backward"].into_iter().flat_map(|pass| counts.iter().map(move |&n| (pass, n)));
-    let rows = VALUES.map(|(values, title)| {
-        let cells = columns().map(|(pass, n)| {
+    let columns = with_threads(["forward", "inference", "backward"], lines.iter().map(|l| l.threads));
+    let rows = VALUES.map(|(values, what)| {
+        let cells = columns.iter().map(|&(pass, n)| {
             let of = lines.iter().filter(|l| l.pass == pass && l.values == values && l.threads == n);
-            let worst = |ratios: &[f64]| ratios.iter().copied().fold(0.0, f64::max);
-            cell(&of.map(|l| l.ratio).collect::<Vec<_>>(), |ratios| {
-                format!("{:.2} / {:.2}", mean(ratios), worst(ratios))
-            })
+            let ratios: Vec<f64> = of.map(|l| l.ratio).collect();
+            cell(&ratios, |ratios| format!("{:.2} / {:.2}", mean(ratios), worst(ratios.iter().copied())))
         });
-        std::iter::once(title.into()).chain(cells).collect()
+        std::iter::once(what.into()).chain(cells).collect()
     });
-    let title = |(pass, n)| if n == counts[0] { format!("{pass}, {}", threads(n)) } else { threads(n) };
-    Table::new(std::iter::once("values".into()).chain(columns().map(title)), rows)
+    Table::new(std::iter::once("values".into()).chain(brief(&columns)), rows)
 }
 
 /// Peers with the most threads on f32: what tells them apart, and the ratios over the shapes.
 fn contests(lines: &[Peer]) -> BTreeMap<[&str; 4], (&str, Vec<f64>)> {
-    let most = lines.iter().map(|l| l.threads).max().unwrap_or(1);
+    let most = most(lines.iter().map(|l| l.threads));
     let mut contests = BTreeMap::new();
     for l in lines.iter().filter(|l| l.dtype == "f32" && l.threads == most) {
         let key = [&l.peer, &l.pass, &l.layout, &l.our_layout].map(String::as_str);
@@ -371,7 +378,7 @@ fn peers_in_short(lines: &[Peer]) -> Table {
         let means: Vec<String> = found.iter().map(|(_, ratios)| digits(mean(ratios))).collect();
         Some(vec![format!("{peer} {version}, {how}"), means.join(" / ")])
     };
-    let most = lines.iter().map(|l| l.threads).max().unwrap_or(1);
+    let most = most(lines.iter().map(|l| l.threads));
     let title = format!("f32, {}, geometric mean over the convolution outputs of ResNet-50 at batch 32", threads(most));
     let (same, last, all) = (["NCHW"; 2], ["NHWC"; 2], "forward / backward / inference");
     let rows = [

@@ -438,7 +438,15 @@ pub(crate) unsafe fn over_rows<I: Isa, M: Map<K>, const K: usize>(
             i += rows * period;
         }
         let vectors = (len - i) / lanes;
-        whole(isa, map, &mut params, (start + i, vectors), ahead, target);
+        let at = (start + i, vectors);
+        let rest = match period / lanes {
+            3 => few::<I, M, K, 3>(isa, map, &params, at, ahead, target),
+            4 => few::<I, M, K, 4>(isa, map, &params, at, ahead, target),
+            6 => few::<I, M, K, 6>(isa, map, &params, at, ahead, target),
+            8 => few::<I, M, K, 8>(isa, map, &params, at, ahead, target),
+            _ => at,
+        };
+        whole(isa, map, &mut params, rest, ahead, target);
         i += vectors * lanes;
         if i < len {
             isa.call(Partial { map, params, at: start + i, n: len - i, target });
@@ -461,13 +469,6 @@ unsafe fn whole<I: Isa, M: Map<K>, const K: usize>(
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let at = match params.period / Compute::<I, M::Element>::LANES {
-            3 => few::<I, M, K, 3>(isa, map, params, at, ahead, target),
-            4 => few::<I, M, K, 4>(isa, map, params, at, ahead, target),
-            6 => few::<I, M, K, 6>(isa, map, params, at, ahead, target),
-            8 => few::<I, M, K, 8>(isa, map, params, at, ahead, target),
-            _ => at,
-        };
         match (I::STREAMS && target.streaming, params.woven) {
             (true, true) => params.column = isa.call(Woven::<M, K, true> { map, params: *params, at, ahead, target }),
             (false, true) => params.column = isa.call(Woven::<M, K, false> { map, params: *params, at, ahead, target }),

@@ -560,16 +560,12 @@ impl<'v> Context<'v> {
         let several = usize::from(reads_several::<E>(R::TENSORS));
         let (row, longest) = (rows.period() * size_of::<E::Param>(), in_order[usize::from(self.workers > 1)][several]);
         let (near, far) = ahead_in_short_rows[usize::from(R::TENSORS > 1)];
-        let short = if from_memory { far } else { Some(near) };
-        let (bytes, asked) = match from_memory {
-            _ if short_rows.contains(&row)
-                && let Some(ahead) = short =>
-            {
-                (ahead, Asked::Short)
-            }
-            true if row <= longest => (ahead_in_order[several], Asked::InOrder),
-            true => (AHEAD_IN_ROWS.max(ahead_in_rows[several].min(row / 2)), Asked::Far),
-            false => (AHEAD_IN_ROWS, Asked::Near),
+        let short = if from_memory { far } else { Some(near) }.filter(|_| short_rows.contains(&row));
+        let (bytes, asked) = match (short, from_memory) {
+            (Some(ahead), _) => (ahead, Asked::Short),
+            (None, true) if row <= longest => (ahead_in_order[several], Asked::InOrder),
+            (None, true) => (AHEAD_IN_ROWS.max(ahead_in_rows[several].min(row / 2)), Asked::Far),
+            (None, false) => (AHEAD_IN_ROWS, Asked::Near),
         };
         (bytes / size_of::<E::Param>(), asked)
     }
